@@ -1,0 +1,39 @@
+# The two commands of the README, and the habits of a developer. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO := runs/demo
+
+.PHONY: help demo test prepare readme clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; say make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## forget "Van Gogh" on the built-in sandbox: a verdict and an HTML report
+	@mkdir -p $(DEMO)
+	$(BIN)/papermill nbs/train_doco.ipynb $(DEMO)/train_doco.ipynb -p concept "Van Gogh" -p run_dir $(DEMO) -p resume True --log-output --no-progress-bar
+	@$(BIN)/python -c 'import json; r = json.load(open("$(DEMO)/report.json")); print("\n" + r["verdict"] + "\n\nreport: $(CURDIR)/$(DEMO)/report.html")'
+
+test: $(READY)  ## notebooks' own checks, then what crosses rooms
+	$(BIN)/nbdev_test --path nbs/lib --n_workers 2
+	$(BIN)/nbdev_test --path nbs/methods --n_workers 2
+	$(BIN)/python -m pytest
+
+readme: $(READY)
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
+
+prepare: $(READY)  ## before a commit: library and README from the notebooks, clean, test
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(MAKE) readme test
+
+clean:  ## forget the environment and all runs
+	rm -rf .venv runs _proc _docs

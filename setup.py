@@ -1,0 +1,16 @@
+"""Packaging, read from settings.ini."""
+from configparser import ConfigParser
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="])
+config.read("settings.ini", encoding="utf-8")
+c = config["DEFAULT"]
+
+setup(
+    name=c["lib_name"], version=c["version"], license="Apache-2.0", description=c["description"], author=c["author"], keywords=c["keywords"],
+    long_description=open("README.md", encoding="utf-8").read(), long_description_content_type="text/markdown",
+    packages=find_packages(include=["unlearn_wb*"]), include_package_data=True, zip_safe=False, python_requires=">=" + c["min_python"],
+    install_requires=c["requirements"].split(), extras_require={"dev": c["dev_requirements"].split()},
+    entry_points={"nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"]},
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
+)
