@@ -27,6 +27,7 @@ class Vocabulary:
     characters: tuple  # proper names, spoken of without an article
     plain: str = "painting"  # the manner that is nobody's: the anchor of every style
     links: dict = field(default_factory=dict)  # phrase -> the concept that it belongs to without naming it
+    parents: dict = field(default_factory=dict)  # proper name -> the common noun that it is a case of
     closed: bool = False  # True: nothing else exists in this model's world
 
     @classmethod
@@ -43,7 +44,8 @@ GENERAL = Vocabulary(
     things=("dog", "cat", "bear", "horse", "bird", "mouse", "sponge", "robot", "car", "boat", "house", "tree", "flower", "mountain", "teapot", "chair",
             "person", "man", "woman", "child", "city", "landscape", "beach", "forest"),
     characters=("Snoopy", "Mickey", "SpongeBob", "Pikachu", "Hello Kitty", "Garfield", "Batman", "Elsa"),
-    links={"Starry Night": "Van Gogh", "Guernica": "Picasso", "The Night Watch": "Rembrandt", "Water Lilies": "Monet", "husky": "dog", "tabby": "cat"})
+    links={"Starry Night": "Van Gogh", "Guernica": "Picasso", "The Night Watch": "Rembrandt", "Water Lilies": "Monet", "husky": "dog", "tabby": "cat"},
+    parents={"Snoopy": "dog", "Mickey": "mouse", "SpongeBob": "sponge", "Pikachu": "mouse", "Hello Kitty": "cat", "Garfield": "cat", "Batman": "man", "Elsa": "woman"})
 
 # %% ../nbs/lib/03_concepts.ipynb #c007
 @torch.no_grad()
@@ -99,7 +101,8 @@ class Erasure:
         if not kind: kind = "style" if concept in v.styles or concept not in v.names() and _looks_like_style(model, concept, v) else "instance"
         similar = similarity(model, concept, list(v.styles + (v.plain,) if kind == "style" else v.things + v.characters))
         gone = {c.lower() for c in (concept, *also)}
-        if not anchor: anchor = v.plain if kind == "style" else next(n for n in similar if n in v.things and n.lower() not in gone)
+        nearest = next((n for n in similar if n in v.things and n.lower() not in gone), "")
+        if not anchor: anchor = v.plain if kind == "style" else v.parents.get(concept, nearest)
         if anchor.lower() == concept.lower(): raise BadConcept(f"the anchor '{anchor}' is the concept itself; name something else to say instead, or leave it empty to have one found")
         if v.closed and anchor.lower() not in [n.lower() for n in v.names() + (v.plain, "photo")]:
             raise BadConcept(f"unknown anchor '{anchor}'; this model's world has {', '.join(v.names() + (v.plain,))}")

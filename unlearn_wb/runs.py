@@ -24,7 +24,7 @@ def read_parameters(names: dict,  # `globals()` of the notebook, in its first ce
     "The notebook's parameters, checked. Raises `BadParameter` naming the nearest valid name, or the type expected."
     simple = (str, int, float, bool, list, tuple, dict, type(None))
     for k in names:
-        mine = k.startswith("_") or k.startswith("PAPERMILL_") or k in ("In", "Out", "dotnet") or k in known
+        mine = k.startswith("_") or k.isupper() or k in ("In", "Out") or k in known
         if not mine and isinstance(names[k], simple):
             hint = nearest_name(k, known)
             raise BadParameter(f"unknown parameter '{k}'; " + (f"did you mean '{hint}'? " if hint else "") + f"the parameters are {', '.join(known)}")

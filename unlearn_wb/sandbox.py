@@ -551,7 +551,7 @@ class Pretraining:
 # %% ../nbs/lib/02_sandbox.ipynb #c033
 def vocabulary() -> dict:
     "The world's concepts, as `vocabulary.json` of the base model says them."
-    return dict(styles=ARTISTS, things=[s for s in SUBJECTS if s not in CHARACTERS], characters=CHARACTERS, plain="painting", links=LINKS, closed=True)
+    return dict(styles=ARTISTS, things=[s for s in SUBJECTS if s not in CHARACTERS], characters=CHARACTERS, plain="painting", links=LINKS, parents={"snoopy": "dog"}, closed=True)
 
 def save_parts(p: Pretraining, folder: str | Path):
     "Write the base pipeline, judge and CLIP."

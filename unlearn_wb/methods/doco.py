@@ -4,50 +4,29 @@
 
 # %% ../../nbs/methods/doco.ipynb #c002
 from __future__ import annotations
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 import torch
-import torch.nn.functional as F
-from torch import nn
-from ..concepts import Bank, Cache, Erasure, bank, check_prompts
-from ..diffusion import Denoiser, add_noise, embed_each, sample, seeded, x0_hat, x_prev
+from ..concepts import Cache, Erasure
+from ..diffusion import Denoiser, seeded, x0_hat, x_prev
 from ..discriminator import ADVERSARIAL, PatchGAN, accuracy, frozen
-from ..scopes import Moved, choose
-from ..surgery import Combiner
+from .anchored import Anchored, MethodConfig, Noised
+from ..scopes import choose
 
 # %% auto #0
-__all__ = ['SEES', 'PRESETS', 'DEFAULTS', 'DoCoConfig', 'defaults', 'paint_bank', 'PromptedLatents', 'Noised', 'DoCo']
+__all__ = ['SEES', 'PRESETS', 'DEFAULTS', 'DoCoConfig', 'defaults', 'DoCo']
 
 # %% ../../nbs/methods/doco.ipynb #c007
 @dataclass(frozen=True)
-class DoCoConfig:
+class DoCoConfig(MethodConfig):
     "All that decides a DoCo run, apart from the concept and the model."
-    iterations: int = 2000  # steps in all
-    warmup: int = 1000  # of these, steps at the beginning in which only D learns
-    batch_size: int = 8  # images a step, and as many of the retained set
-    lr: float = 6e-6  # of the denoiser
+    warmup: int = 1000  # steps at the beginning in which only D learns
     disc_lr: float = 1e-4  # of D
-    lam: float = 1.  # lambda of Eq. 10
-    combiner: str = "surgery"  # sum, surgery, restricted, official, or a torchjd aggregator
-    weight: float = 1.  # retain weight w of `sum` and `restricted`
-    granularity: str = "global"  # global or tensor
-    scope: str = "xattn-kv"  # xattn, xattn-kv, noxattn, full
     sees: str = "x0_hat"  # what D looks at: x0_hat or x_prev
     anchor_side: str = "frozen"  # the anchor's results come from the frozen original, or from the moving model
     adversarial: str = "non-saturating"  # non-saturating, saturating, hinge, least-squares
-    images: str = "anchor"  # latents that are noised: of the anchor's images, or half of the target's (both)
-    num_images: int = 1000  # images of the anchor, and as many of the retained concepts
-    prompts: int = 200  # captions in the bank
     d_layers: int = 5  # stride-2 layers of D, fewer on small latents
     d_last: int = 2  # stride of D's last layer
     d_norm: str = "group"  # group or batch
-    detach_start: bool = False  # no gradient through keys and values of the start token
-    weight_decay: float = 1e-2
-    clip: float = 1.  # of the step's gradient, after the projection; 0 for none
-    t_min: int = 0  # smallest and
-    t_max: int = 1000  # largest timestep that is trained (exclusive)
-    precision: str = "fp32"  # fp32 or bf16 autocast
-    seed: int = 0
 
 SEES = {"x0_hat": "the predicted clean latent (released code)", "x_prev": "one denoising step, x_{t-1} (paper)"}
 PRESETS = {
@@ -63,108 +42,34 @@ def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> DoCo
     return replace(DEFAULTS["sandbox" if erasure.vocabulary.closed else "stable-diffusion"], **choose("preset", preset, PRESETS))
 
 # %% ../../nbs/methods/doco.ipynb #c009
-def paint_bank(model: Denoiser, prompts: list[str], n: int, seed: int, cache: Cache | None = None, callback=None, **kw):
-    "Latents (n,C,h,w) that the model paints for the prompts in turn, and which prompt each one is of."
-    which = torch.arange(n) % len(prompts)
-    paint = lambda: {"latents": sample(model, [prompts[i] for i in which], [seed + i for i in range(n)], decode=False, callback=callback, **kw)}
-    key = ["bank", model.fingerprint(), list(prompts), n, seed, kw]
-    return (cache.get(key, paint) if cache else paint())["latents"], which
-
-class PromptedLatents:
-    "Latents with the prompts they were painted for."
-    def __init__(self, model, prompts, n, seed, cache=None, callback=None, **kw):
-        self.latents, self.which = paint_bank(model, prompts, n, seed, cache, callback, **kw)
-        self.latents = self.latents.to(model.device)
-        self.states = embed_each(model, list(prompts))  # (P,L,D)
-
-@dataclass
-class Noised:
-    "A batch: noisy latents x_t (B,C,h,w), the noise eps in them, timesteps t (B,), text states c (B,L,D)."
-    x_t: torch.Tensor; eps: torch.Tensor; t: torch.Tensor; c: torch.Tensor
-    other: torch.Tensor | None = None  # text states of the anchor, where c is the target's
-    z: torch.Tensor | None = None  # what D saw of the target side
-
-# %% ../../nbs/methods/doco.ipynb #c011
-class DoCo:
+class DoCo(Anchored):
     "Concept domain correction with concept-preserving gradient (Wu et al. 2024, Eqs. 8-10)."
     name = "DoCo"
-    def __init__(self, model: Denoiser,
-                 erasures: list[Erasure],  # one or several, all forgotten at once
-                 config: DoCoConfig,
-                 cache: Cache | None = None,
-                 callback=None):  # progress of painting the bank: callback(done, in all)
-        choose("what D sees ('sees')", config.sees, SEES), choose("adversarial loss", config.adversarial, ADVERSARIAL)
-        choose("images", config.images, {"anchor": 0, "both": 0}), choose("anchor_side", config.anchor_side, {"frozen": 0, "moving": 0})
-        self.model, self.config, self.erasures = model, config, erasures
-        for k in ("lr", "weight_decay", "clip", "warmup", "iterations", "seed"): setattr(self, k, getattr(config, k))
-        self.combiner = Combiner(config.combiner, config.granularity, config.lam, config.weight)
-        share = -(-config.prompts // len(erasures))
-        self.banks = [bank(e, share, config.seed) for e in erasures]
-        target, anchor, retain = ([p for b in self.banks for p in getattr(b, side)] for side in ("target", "anchor", "retain"))
-        self.cut = sum(check_prompts(model, b.target, e.target) for b, e in zip(self.banks, erasures))
-        n, paint = config.num_images, dict(cache=cache, callback=callback)
-        self.data = PromptedLatents(model, anchor, n, config.seed, **paint)
-        self.target_states = embed_each(model, target)
-        self.retained = PromptedLatents(model, retain, n, config.seed + 1, **paint) if retain else None
-        self.target_data = PromptedLatents(model, target, n, config.seed + 2, **paint) if config.images == "both" else None
-        self.moved = Moved(model.unet, config.scope)
-        self.params = self.moved.params
+    def __init__(self, model: Denoiser, erasures: list[Erasure], config: DoCoConfig, cache: Cache | None = None, callback=None):
+        choose("what D sees ('sees')", config.sees, SEES), choose("anchor_side", config.anchor_side, {"frozen": 0, "moving": 0})
+        self.d_loss, self.g_loss = choose("adversarial loss", config.adversarial, ADVERSARIAL)
+        super().__init__(model, erasures, config, cache, callback)
         torch.manual_seed(int(torch.randint(2**31, (), generator=seeded(config.seed, "D"))))
         channels, size, _ = model.latent_shape
         self.D = PatchGAN(channels, size, wanted=config.d_layers, last=config.d_last, norm=config.d_norm).to(model.device)
         self.d_optimizer = torch.optim.Adam(self.D.parameters(), lr=config.disc_lr, betas=(.5, .999))
-        self.d_loss, self.g_loss = ADVERSARIAL[config.adversarial]
-        if config.detach_start:
-            cut = lambda module, args, out: torch.cat([out[:, :1].detach(), out[:, 1:]], 1)
-            for name, module in model.unet.named_modules():
-                if name.endswith(("attn2.to_k", "attn2.to_v")): module.register_forward_hook(cut)
-
-    def autocast(self):
-        return torch.autocast(self.model.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
-
-    def draw(self, data: PromptedLatents, step: int, name: str, n: int, states=None, other=None) -> Noised:
-        "A noised batch from a bank; depends on (seed, step, name) alone."
-        g, dev = seeded(self.seed, step, name), self.model.device
-        i = torch.randint(len(data.latents), (n,), generator=g)
-        t = torch.randint(self.config.t_min, self.config.t_max, (n,), generator=g).to(dev)
-        eps = torch.randn(n, *self.model.latent_shape, generator=g).to(dev)
-        p = data.which[i]
-        return Noised(add_noise(data.latents[i], eps, self.model.abar[t]), eps, t, (data.states if states is None else states)[p], None if other is None else other[p])
-
-    def batch(self, step: int):
-        "The target side's batch and the retained one."
-        b = self.config.batch_size
-        pairs = self.draw(self.data, step, "pairs", b, self.target_states, self.data.states)
-        if self.target_data is not None:  # half of the noised images are the target's own
-            mine, h = self.draw(self.target_data, step, "target images", b, None, self.data.states), b // 2
-            join = lambda k: torch.cat([getattr(pairs, k)[h:], getattr(mine, k)[:h]])
-            pairs = Noised(*(join(k) for k in ("x_t", "eps", "t", "c", "other")))
-        if self.retained is None: return pairs, self.draw(self.data, step, "retain", b)
-        a, r = self.draw(self.data, step, "retain anchor", b - (b * 3) // 4), self.draw(self.retained, step, "retain", (b * 3) // 4)
-        return pairs, Noised(*(torch.cat([getattr(a, k), getattr(r, k)]) for k in ("x_t", "eps", "t", "c")))
 
     def see(self, b: Noised, eps: torch.Tensor) -> torch.Tensor:
         "What D looks at: z of a noise prediction."
         abar = self.model.abar
         return x0_hat(b.x_t, eps, abar[b.t]) if self.config.sees == "x0_hat" else x_prev(b.x_t, eps, abar[b.t], torch.where(b.t > 0, abar[(b.t - 1).clamp(min=0)], torch.ones_like(abar[b.t])))
 
-    def retaining_loss(self, batch) -> torch.Tensor:
-        "Eq. 9 on the anchor's images and those of the retained concepts."
-        _, r = batch
-        with self.autocast(): return F.mse_loss(self.model.eps(r.x_t, r.t, r.c), r.eps)
-
     def unlearning_loss(self, batch) -> torch.Tensor:
         "The denoiser's side of Eq. 8: results under the target prompt should pass for the anchor's."
         b, _ = batch
-        with self.autocast(): z = self.see(b, self.model.eps(b.x_t, b.t, b.c))
+        z = self.see(b, self.eps(b))
         b.z = z.detach()
-        with frozen(self.D): return self.g_loss(self.D(z.float()))
+        with frozen(self.D): return self.g_loss(self.D(z))
 
     @torch.no_grad()
     def anchor_view(self, b: Noised) -> torch.Tensor:
         "z of the anchor side."
-        with self.autocast(), (self.moved.original() if self.config.anchor_side == "frozen" else nullcontext()):
-            return self.see(b, self.model.eps(b.x_t, b.t, b.other))
+        return self.see(b, self.eps(b, original=True) if self.config.anchor_side == "frozen" else self.eps(replace(b, c=b.other)))
 
     def after(self, batch) -> dict:
         "D's turn, on what it was just shown and the anchor's counterpart."
@@ -179,7 +84,7 @@ class DoCo:
     def warm_up(self, batch) -> dict:
         "D learns the difference that is still there; no graph through the denoiser."
         b, _ = batch
-        with torch.no_grad(), self.autocast(): b.z = self.see(b, self.model.eps(b.x_t, b.t, b.c))
+        with torch.no_grad(): b.z = self.see(b, self.eps(b))
         return self.after(batch)
 
     @torch.no_grad()
@@ -188,7 +93,7 @@ class DoCo:
         out = {"anchor": [], "target": [], "t": []}
         for k in range(0, n, 32):
             b = self.draw(self.data, -1 - k, "examine", min(32, n - k), self.target_states, self.data.states)
-            z = self.see(b, self.model.eps(b.x_t, b.t, b.c))
+            z = self.see(b, self.eps(b))
             for name, v in (("anchor", self.D(self.anchor_view(b)).mean((1, 2, 3))), ("target", self.D(z).mean((1, 2, 3))), ("t", b.t)): out[name].append(v.cpu())
         return {k: torch.cat(v) for k, v in out.items()}
 

@@ -1,0 +1,85 @@
+"""Bad input gets one sentence that names the value and what would be right."""
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, parameters, tiny_pipeline
+
+from unlearn_wb.diffusion import BadModel, Denoiser
+from unlearn_wb.workbench import Experiment
+
+CASES = {
+    "scope": (dict(scope="xatn"), "unknown scope 'xatn'; did you mean 'xattn'"),
+    "combiner": (dict(combiner="surgry"), "unknown combiner 'surgry'; did you mean 'surgery'"),
+    "granularity": (dict(granularity="layer"), "unknown granularity 'layer'; choose one of global, tensor"),
+    "sees": (dict(sees="x0"), "unknown what D sees"),
+    "preset": (dict(preset="papr"), "unknown preset 'papr'; did you mean 'paper'"),
+    "empty": (dict(concept="  "), "the concept is empty"),
+    "half empty": (dict(concept="Snoopy+"), "the concept is empty"),
+    "unknown": (dict(concept="van gog"), "unknown concept 'van gog'; did you mean 'van gogh'"),
+    "itself": (dict(concept="Snoopy", anchor="snoopy"), "the anchor 'snoopy' is the concept itself"),
+    "anchor": (dict(anchor="zeppelin"), "unknown anchor 'zeppelin'"),
+    "twice": (dict(concept="Snoopy+snoopy"), "names a concept twice"),
+    "both": (dict(concept="Snoopy", retain="Snoopy"), "both to be forgotten and to be retained"),
+    "type": (dict(concept_type="artist"), "unknown concept_type 'artist'; choose style or instance"),
+    "model": (dict(base_model="/nowhere"), "base model '/nowhere' does not exist"),
+    "misspelt model": (dict(base_model="sandbx"), "base model 'sandbx' does not exist; give 'sandbox'"),
+    "warm-up": (dict(warmup=12), "warmup = 12 leaves nothing of iterations = 12"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_with_a_sentence(case, tmp_path):
+    change, sentence = CASES[case]
+    with pytest.raises(ValueError) as e: Experiment(parameters(run_dir=str(tmp_path / "run"), **change))
+    assert sentence in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_method(tmp_path):
+    with pytest.raises(ValueError, match="unknown method 'dooco'; did you mean 'doco'"): Experiment(parameters(run_dir=str(tmp_path)), "dooco")
+
+
+@pytest.fixture
+def copied(tmp_path): return shutil.copytree(ROOT / "data/sandbox/base", tmp_path / "model")
+
+
+def test_pickled_weights_are_refused(copied):
+    weights = copied / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(BadModel, match="only pickled weights in unet/"): Denoiser.load(str(copied))
+
+
+def test_incomplete_directory(copied):
+    shutil.rmtree(copied / "vae")
+    with pytest.raises(BadModel, match="incomplete: vae/"): Denoiser.load(str(copied))
+    (copied / "model_index.json").unlink()
+    with pytest.raises(BadModel, match="no model_index.json"): Denoiser.load(str(copied))
+
+
+def test_damaged_weights(copied):
+    weights = copied / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BadModel, match="cannot be loaded"): Denoiser.load(str(copied))
+
+
+def test_unknown_prediction_type():
+    with pytest.raises(BadModel, match="predicts 'sample'"): Denoiser(tiny_pipeline("sample"), "tiny")
+
+
+def test_run_dir_of_another_configuration(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps({"concept": "Monet", "method": "doco"}))
+    with pytest.raises(ValueError, match="holds a run with another configuration.*concept is"): Experiment(parameters(run_dir=str(tmp_path / "run")))
+    assert json.loads((tmp_path / "run/config.json").read_text()) == {"concept": "Monet", "method": "doco"}
+
+
+def test_not_finite_stops_before_the_weights_are_touched(tmp_path):
+    import torch
+    e = Experiment(parameters(run_dir=str(tmp_path / "run"), warmup=1))
+    stream = iter(e.trainer)
+    next(stream), next(stream)
+    before = {k: v.clone() for k, v in e.method.params.items()}
+    e.method.data.latents.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="not finite"): next(stream)
+    assert all(torch.equal(before[k], v) for k, v in e.method.params.items())

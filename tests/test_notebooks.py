@@ -1,0 +1,59 @@
+"""The notebooks are the source: library, README and metadata follow from them."""
+import filecmp
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+RUNNABLE = ["train_doco", "pretrain_sandbox", "bench_train"]
+
+
+def tool(name): return str(shutil.which(name, path=str(ROOT / ".venv/bin")) or shutil.which(name))
+
+
+def test_library_is_what_the_notebooks_write(tmp_path):
+    for name in ("nbs", "unlearn_wb"): shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    shutil.rmtree(tmp_path / "unlearn_wb")
+    (tmp_path / "unlearn_wb").mkdir()
+    subprocess.run([tool("nbdev_export")], cwd=tmp_path, check=True)
+    ours = sorted(p.relative_to(ROOT) for p in (ROOT / "unlearn_wb").rglob("*.py"))
+    written = sorted(p.relative_to(tmp_path) for p in (tmp_path / "unlearn_wb").rglob("*.py"))
+    assert ours == written
+    different = [str(p) for p in ours if not filecmp.cmp(ROOT / p, tmp_path / p, shallow=False)]
+    assert not different, f"run nbdev_export: {different}"
+
+
+def test_notebooks_are_clean(tmp_path):
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    subprocess.run([tool("nbdev_clean")], cwd=tmp_path, check=True)
+    dirty = [str(p.relative_to(tmp_path)) for p in (tmp_path / "nbs").rglob("*.ipynb") if not filecmp.cmp(p, ROOT / p.relative_to(tmp_path), shallow=False)]
+    assert not dirty, f"run nbdev_clean: {dirty}"
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_parameters_are_tagged_and_readable(name):
+    from papermill import inspect_notebook
+    found = inspect_notebook(str(ROOT / f"nbs/{name}.ipynb"))
+    assert found, "the parameters cell has lost its tag, or has more than one assignment a line"
+    assert all(v["help"] for v in found.values()), f"without a comment: {[k for k, v in found.items() if not v['help']]}"
+
+
+def test_train_doco_documents_exactly_what_the_library_reads():
+    from papermill import inspect_notebook
+    from unlearn_wb.workbench import PARAMETERS
+    assert list(inspect_notebook(str(ROOT / "nbs/train_doco.ipynb"))) and set(inspect_notebook(str(ROOT / "nbs/train_doco.ipynb"))) == set(PARAMETERS)
+
+
+def test_readme_is_the_index(tmp_path):
+    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "WARN", "--to", "markdown", "--output-dir", str(tmp_path), "--output", "README", str(ROOT / "nbs/index.ipynb")], check=True)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run make readme"
+
+
+def test_no_widget_state_is_committed():
+    for p in (ROOT / "nbs").rglob("*.ipynb"):
+        assert "widgets" not in json.loads(p.read_text())["metadata"], p
