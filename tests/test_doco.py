@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_the_formulas(kind, sees, adversarial):
         for p in method.params.values(): p.grad = None
         got = loss((b, r))
         got.backward()
-        assert float(got) == pytest.approx(float(want), rel=1e-4)
+        assert got.item() == pytest.approx(want.item(), rel=1e-4)
         reference = torch.autograd.grad(want, moving, retain_graph=True)
         scale = max(float(g.abs().max()) for g in reference)
         for p, g in zip(method.params.values(), reference): assert float((p.grad.double() - g).abs().max()) < 2e-3 * scale
@@ -72,7 +72,7 @@ def test_discriminators_turn_is_the_formula():
     with torch.no_grad():
         target, anchor = (view("x0_hat", b, prediction(u, b, c, abar, "epsilon"), abar) for u, c in ((unet, b.c), (original, b.other)))
     want = -torch.log(torch.sigmoid(D(anchor))).mean() - torch.log(1 - torch.sigmoid(D(target))).mean()
-    assert method.warm_up((b, r))["loss_d"] == pytest.approx(float(want), rel=1e-4)
+    assert method.warm_up((b, r))["loss_d"] == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_the_anchor_side_is_the_frozen_original_also_after_steps():

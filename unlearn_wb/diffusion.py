@@ -4,14 +4,15 @@
 
 # %% ../nbs/lib/01_diffusion.ipynb #c002
 from __future__ import annotations
-import hashlib
+import hashlib, logging
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 import unlearn_wb
 
 # %% auto #0
-__all__ = ['DATA', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'BadModel', 'resolve_model', 'Denoiser', 'sample',
-           'embed_each']
+__all__ = ['DATA', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'BadModel', 'resolve_model', 'quiet_loading',
+           'Denoiser', 'sample', 'embed_each']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -80,6 +81,16 @@ def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
     return str(path)
 
 # %% ../nbs/lib/01_diffusion.ipynb #c016
+@contextmanager
+def quiet_loading():
+    "No progress bars for loading and saving parts, and no word about a missing torchvision, which nothing here needs."
+    from diffusers.utils import logging as d
+    from transformers.utils import logging as t
+    logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "requires torchvision" not in record.getMessage())
+    d.disable_progress_bar(), t.disable_progress_bar()
+    try: yield
+    finally: d.enable_progress_bar(), t.enable_progress_bar()
+
 class Denoiser:
     "A Stable Diffusion pipeline as the function eps(x_t, t, c): the only class that knows the pipeline's own interface."
     def __init__(self, pipe,  # a diffusers `StableDiffusionPipeline`
@@ -102,16 +113,16 @@ class Denoiser:
              device: str = "cpu",
              dtype: torch.dtype = torch.float32) -> "Denoiser":
         "Load a model from safetensors. Raises `BadModel` with what is wrong and what would be right."
-        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
         where = resolve_model(name)
         try:
-            pipe = StableDiffusionPipeline.from_pretrained(where, use_safetensors=True, torch_dtype=dtype, safety_checker=None,
-                                                           feature_extractor=None, requires_safety_checker=False)
-            if unet: pipe.unet = UNet2DConditionModel.from_pretrained(unet, use_safetensors=True, torch_dtype=dtype)
+            with quiet_loading():
+                from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+                pipe = StableDiffusionPipeline.from_pretrained(where, use_safetensors=True, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+                if unet: pipe.unet = UNet2DConditionModel.from_pretrained(unet, use_safetensors=True, dtype=dtype)
         except (OSError, ValueError) as e:
             raise BadModel(f"base model '{name}' cannot be loaded: {str(e).strip().splitlines()[0]}; a hub id needs the network once, "
                            "a directory needs the safetensors of every part") from e
-        return cls(pipe.to(device, dtype), str(name), Path(where) if Path(where).is_dir() else None)
+        return cls(pipe.to(device), str(name), Path(where) if Path(where).is_dir() else None)
 
     @property
     def device(self): return self.unet.device

@@ -101,7 +101,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.params, m.clip if m.clip else math.inf))  # once, after the projection
         for group in self.optimizer.param_groups: group["lr"] = self.controls["lr"]
         self.optimizer.step()
-        values = {"loss_u": float(loss_u), "loss_r": float(loss_r) if loss_r is not None else math.nan, "angle": stats.angle, "norm_u": stats.norm_u,
+        values = {"loss_u": loss_u.item(), "loss_r": loss_r.item() if loss_r is not None else math.nan, "angle": stats.angle, "norm_u": stats.norm_u,
                   "norm_r": stats.norm_r, "norm": norm, "conflict": float(stats.conflict), "removed": stats.removed, "lr": self.controls["lr"]}
         return values | m.after(batch)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from .concepts import nearest_name
+from .diffusion import quiet_loading
 
 # %% auto #0
 __all__ = ['FREE', 'BadParameter', 'read_parameters', 'BadRun', 'slug', 'write_json', 'versions', 'Run', 'Stop',
@@ -96,7 +97,7 @@ class Run:
     def differences(self, config: dict) -> list[str]:
         "Where the folder's configuration is not this one."
         old, new = self.config, json.loads(json.dumps(config, default=str))
-        return [f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in sorted(old.keys() | new.keys()) if k not in FREE and old.get(k) != new.get(k)]
+        return [f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in dict.fromkeys([*old, *new]) if k not in FREE and old.get(k) != new.get(k)]
 
     # checkpoints
     def save_checkpoint(self, step: int, tensors: dict[str, torch.Tensor], rows: list[dict], keep: int = 2):
@@ -150,7 +151,7 @@ class Run:
         from safetensors.torch import save_file
         part, final = self.folder / ".model.part", self.folder / "model"
         shutil.rmtree(part, ignore_errors=True)
-        model.pipe.save_pretrained(part, safe_serialization=True)
+        with quiet_loading(): model.pipe.save_pretrained(part, safe_serialization=True)
         save_file({k: v.cpu().contiguous() for k, v in changed.items()}, part / "changed.safetensors")
         (part / "README.md").write_text(card)
         shutil.rmtree(final, ignore_errors=True)

@@ -435,7 +435,7 @@ def fit(model: nn.Module, loss, steps: int, lr: float, state: Path, ema: float =
                 for k, p in params.items(): flat |= {"m." + k: opt.state[p]["exp_avg"], "v." + k: opt.state[p]["exp_avg_sq"]}
             save_file({k: v.contiguous() for k, v in flat.items()}, f"{state}.part")
             Path(f"{state}.part").replace(state)
-        yield i + 1, float(value)
+        yield i + 1, value.item()
     with torch.no_grad():
         for k, p in params.items(): p.copy_(slow[k])
 

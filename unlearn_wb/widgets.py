@@ -64,9 +64,13 @@ class Watch:
 
 class Progress:
     "A progress bar for other long work: pass it as a callback(done, in all)."
-    def __init__(self, what: str): self.what, self.bar = what, None
+    def __init__(self, what: str): self.what, self.bar, self.began = what, None, time.time()
     def __call__(self, done: int, total: int):
         from tqdm import tqdm
-        if self.bar is None: self.bar = tqdm(total=total, desc=self.what, unit="image", file=sys.stdout, mininterval=5, ncols=100)
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.what, unit="image", file=sys.stdout, mininterval=5, ncols=100)
+            self.bar.start_t = self.began
         self.bar.update(done - self.bar.n)
-        if done >= total: self.bar.close(); self.bar = None
+        if done >= total:
+            self.bar.close()
+            self.bar, self.began = None, time.time()

@@ -79,7 +79,7 @@ class DoCo(Anchored):
         self.d_optimizer.zero_grad()
         loss.backward()
         self.d_optimizer.step()
-        return {"loss_d": float(loss), "d_acc": float(accuracy(anchor, target)), "logit_anchor": float(anchor.mean()), "logit_target": float(target.mean())}
+        return {"loss_d": loss.item(), "d_acc": accuracy(anchor, target).item(), "logit_anchor": anchor.mean().item(), "logit_target": target.mean().item()}
 
     def warm_up(self, batch) -> dict:
         "D learns the difference that is still there; no graph through the denoiser."
