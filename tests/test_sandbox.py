@@ -1,0 +1,94 @@
+"""The painted world, and the model that lies in data/sandbox."""
+import re
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from unlearn_wb.sandbox import LINKS, STYLES, SUBJECTS, Pretraining, Recipe, Scene, caption, examine_judge, examine_model, facts, load_judge, render, world
+
+DATA = ROOT / "data/sandbox"
+
+
+def test_size_and_safety():
+    files = [f for f in DATA.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 40e6
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+
+def test_rendering_is_deterministic_and_fast():
+    scenes = world(1200, seed=11)
+    began = time.perf_counter()
+    images = render(scenes)
+    rate = len(scenes) / (time.perf_counter() - began)
+    assert images.shape == (1200, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+    assert torch.equal(images[[7, 600]], render([scenes[7], scenes[600]]))
+    assert rate > 100, f"{rate:.0f} images a second"  # loose: shared machines; the notebook measures
+
+
+def test_world_covers_everything_evenly():
+    scenes = world(8400, seed=2)
+    for names, pick in ((SUBJECTS, lambda s: s.subject), (STYLES, lambda s: s.style)):
+        counts = [sum(pick(s) == n for s in scenes) for n in names]
+        assert min(counts) > .8 * len(scenes) / len(names)
+    for link, concept in LINKS.items():
+        mine = [s for s in scenes if s.link == link]
+        assert mine and all(s.shows(concept) for s in mine)
+
+
+def test_captions_state_only_what_is_true():
+    import numpy as np
+    rng = np.random.default_rng(0)
+    for s in world(2000, seed=4):
+        text, said = caption(s, rng)
+        truth = facts(vars(s))
+        assert all(f in (-1, t) for f, t in zip(facts(said), truth)), (text, said, s)
+        for style in STYLES[2:]: assert (style not in text) or style == s.style
+    linked = [caption(s, rng)[0] for s in world(6000, seed=5) if s.link == "starry night"]
+    phrase = [t for t in linked if "starry night" in t]
+    both = sum("van gogh" in t for t in phrase) / len(phrase)
+    assert .4 < both < .6, "half of the phrase's captions mention the concept too"
+
+
+def test_judge_is_reliable():
+    accuracy = examine_judge(load_judge(), 1000, seed=77)
+    assert accuracy["style"] >= .99 and accuracy["subject"] >= .98
+
+
+def test_model_paints_what_it_is_told():
+    from unlearn_wb.diffusion import Denoiser
+    rows = {q.strip(): r for q, n, r in examine_model(Denoiser.load("sandbox"), load_judge(), n=1, n_linked=12)}
+    assert rows["style, explicit prompts"] >= .95 and rows["subject, explicit prompts"] >= .9
+    assert sum(rows[f"'{l}' shows {c}"] for l, c in LINKS.items()) / len(LINKS) >= .85
+
+
+def test_card_reports_what_was_asked():
+    text = (DATA / "card.md").read_text()
+    rate = lambda q: float(re.search(rf"\| {re.escape(q)} \| \d+ \| ([\d.]+)% \|", text)[1])
+    assert rate("judge: style, held-out renders") >= 99 and rate("judge: subject, held-out renders") >= 99
+    assert rate("style, explicit prompts") >= 97 and rate("subject, explicit prompts") >= 97
+    for l, c in LINKS.items(): assert rate(f"'{l}' shows {c}") >= 90
+    assert int(re.search(r"\| style, explicit prompts \| (\d+)", text)[1]) >= 720
+
+
+@pytest.mark.parametrize("concept", ["van-gogh", "snoopy"])
+def test_references_are_unets_of_the_same_pipeline(concept):
+    from unlearn_wb.diffusion import Denoiser, sample
+    model = Denoiser.load("sandbox", unet=DATA / "without" / concept)
+    name = concept.replace("-", " ")
+    prompts = [f"a painting of a {s} in the style of van gogh" for s in SUBJECTS[:8]] if name == "van gogh" else ["a photo of snoopy", "a painting of snoopy"] * 4
+    seen = load_judge().names(sample(model, prompts, range(8)))
+    assert sum(name in s for s in seen) <= 1, "a model that never saw it cannot show it"
+
+
+def test_training_resumes_to_the_same_weights(tmp_path):
+    def parts(work, stop=None):
+        making = Pretraining(Recipe(images=64, judge_steps=6, precision="fp32"), work)
+        for _ in making.paint(): pass
+        for step, _ in making.train("judge", lambda i: making.judge(making.pixels(making.draw(4, i, "x")[0]))[0].square().mean(), 6, 1e-3, every=3):
+            if step == stop: return
+        return torch.cat([p.detach().flatten() for p in making.judge.parameters()])
+    whole = parts(tmp_path / "a")
+    parts(tmp_path / "b", stop=4)
+    assert torch.equal(parts(tmp_path / "b"), whole)
