@@ -11,10 +11,11 @@ from typing import Iterator, Protocol
 import torch
 from torch import nn
 from .diffusion import seeded
-from .surgery import Combiner, Stats
+from .scopes import choose
+from .surgery import Combiner
 
 # %% auto #0
-__all__ = ['Step', 'GradientMethod', 'Gradients', 'Trainer', 'unlearn']
+__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'Gradients', 'Trainer', 'unlearn']
 
 # %% ../nbs/lib/07_loop.ipynb #c005
 @dataclass(frozen=True)
@@ -59,10 +60,15 @@ class Gradients:
         for p, v in zip(self.params, self.views[which]): p.grad = v
 
 # %% ../nbs/lib/07_loop.ipynb #c008
+SCHEDULES = {  # share of the run that is over, 0 to 1 -> factor of the learning rate
+    "constant": lambda x: 1.,
+    "cosine": lambda x: .5 + .5 * math.cos(math.pi * x)}
+
 class Trainer:
     "A method in training: its optimiser, schedule and position, and all that a resume must restore."
-    def __init__(self, method: GradientMethod, lr_schedule: str = "constant"):
+    def __init__(self, method: GradientMethod):
         self.method, self.step = method, 0
+        self.schedule = choose("lr_schedule", getattr(method, "lr_schedule", "constant"), SCHEDULES)
         self.params = list(method.params.values())
         self.optimizer = torch.optim.AdamW(self.params, lr=method.lr, weight_decay=method.weight_decay)
         self.gradients = Gradients(self.params)
@@ -99,10 +105,11 @@ class Trainer:
         loss_u.backward()
         stats = m.combiner(g.views["u"], g.views["r"])
         norm = float(nn.utils.clip_grad_norm_(self.params, m.clip if m.clip else math.inf))  # once, after the projection
-        for group in self.optimizer.param_groups: group["lr"] = self.controls["lr"]
+        lr = self.controls["lr"] * self.schedule((self.step - m.warmup) / max(1, self.total - m.warmup))
+        for group in self.optimizer.param_groups: group["lr"] = lr
         self.optimizer.step()
         values = {"loss_u": loss_u.item(), "loss_r": loss_r.item() if loss_r is not None else math.nan, "angle": stats.angle, "norm_u": stats.norm_u,
-                  "norm_r": stats.norm_r, "norm": norm, "conflict": float(stats.conflict), "removed": stats.removed, "lr": self.controls["lr"]}
+                  "norm_r": stats.norm_r, "norm": norm, "conflict": float(stats.conflict), "removed": stats.removed, "lr": lr}
         return values | m.after(batch)
 
     def __iter__(self) -> Iterator[Step]:

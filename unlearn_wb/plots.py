@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import numpy as np
 import matplotlib.pyplot as plt
+from .metrics import wilson
 
 # %% auto #0
 __all__ = ['COLOURS', 'show_images', 'plot_similarity', 'plot_discriminator', 'plot_angles', 'plot_losses', 'plot_logits',
@@ -144,7 +145,6 @@ def plot_linked(table, axes=None):
         for i, name in enumerate(names):
             part = single[(single.variant == name) & (single.group == group)]
             n, k = part.n.sum(), part.hits.sum()
-            from unlearn_wb.metrics import wilson
             low, high = wilson(int(k), int(n))
             axes[0].errorbar(100 * k / n, i + dy, xerr=[[100 * (k / n - low)], [100 * (high - k / n)]], fmt=marker, c=colour, capsize=2, label=group if i == 0 else None)
     axes[0].set(yticks=range(len(names)), yticklabels=names, xlim=(-3, 103), xlabel="images that still show the concept (%)", title="erasing Van Gogh")

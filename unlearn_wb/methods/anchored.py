@@ -24,6 +24,7 @@ class MethodConfig:
     warmup: int = 0  # of these, steps at the beginning that leave the denoiser alone
     batch_size: int = 8  # images a step, and as many of the retained set
     lr: float = 6e-6  # of the denoiser
+    lr_schedule: str = "cosine"  # cosine (falls to zero) or constant
     lam: float = 1.  # lambda of Eq. 10
     combiner: str = "surgery"  # sum, surgery, restricted, official, or a torchjd aggregator
     weight: float = 1.  # retain weight w of `sum` and `restricted`
@@ -74,7 +75,7 @@ class Anchored:
         choose("images", config.images, {"anchor": 0, "both": 0}), choose("precision", config.precision, {"fp32": 0, "bf16": 0})
         self.combiner = Combiner(config.combiner, config.granularity, config.lam, config.weight)
         self.model, self.config, self.erasures = model, config, erasures
-        for k in ("lr", "weight_decay", "clip", "warmup", "iterations", "seed"): setattr(self, k, getattr(config, k))
+        for k in ("lr", "lr_schedule", "weight_decay", "clip", "warmup", "iterations", "seed"): setattr(self, k, getattr(config, k))
         self.moved = Moved(model.unet, config.scope)
         self.params = self.moved.params
         self.banks = [bank(e, -(-config.prompts // len(erasures)), config.seed) for e in erasures]

@@ -38,8 +38,9 @@ DEFAULTS = {  # by kind of base model
     "sandbox": DoCoConfig(iterations=460, warmup=60, lr=5e-4, disc_lr=5e-4, num_images=192)}
 
 def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> DoCoConfig:
-    "The configuration for a kind of base model, with a preset on top."
-    return replace(DEFAULTS["sandbox" if erasure.vocabulary.closed else "stable-diffusion"], **choose("preset", preset, PRESETS))
+    "The configuration for a kind of base model, with a preset on top. On the sandbox a preset leaves the learning rate that was tuned for it."
+    kind, change = "sandbox" if erasure.vocabulary.closed else "stable-diffusion", choose("preset", preset, PRESETS)
+    return replace(DEFAULTS[kind], **{k: v for k, v in change.items() if not (kind == "sandbox" and k == "lr")})
 
 # %% ../../nbs/methods/doco.ipynb #c009
 class DoCo(Anchored):
