@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test prepare readme clean
+.PHONY: help demo test lessons prepare readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,10 @@ test: $(READY)  ## notebooks' own checks, then what crosses rooms
 	$(BIN)/nbdev_test --path nbs/lib --n_workers 2
 	$(BIN)/nbdev_test --path nbs/methods --n_workers 2
 	$(BIN)/python -m pytest
+
+lessons: $(READY)  ## run the literate notebooks and keep their outputs
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/lib/*.ipynb nbs/methods/*.ipynb
+	$(BIN)/nbdev_clean
 
 readme: $(READY)
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb

@@ -5,14 +5,14 @@
 # %% ../nbs/lib/01_diffusion.ipynb #c002
 from __future__ import annotations
 import hashlib, logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
 import unlearn_wb
 
 # %% auto #0
-__all__ = ['DATA', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'BadModel', 'resolve_model', 'quiet_loading',
-           'Denoiser', 'sample', 'embed_each']
+__all__ = ['DATA', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'default_precision', 'BadModel', 'resolve_model',
+           'quiet_loading', 'Denoiser', 'sample', 'embed_each']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -56,6 +56,11 @@ def x_prev(x_t: torch.Tensor,  # noisy latents (B,C,H,W)
     return (p.sqrt() * (1 - alpha) * x0_hat(x_t, eps, abar_t) + alpha.sqrt() * (1 - p) * x_t) / (1 - a)
 
 # %% ../nbs/lib/01_diffusion.ipynb #c015
+def default_precision(device: str = "cpu") -> str:
+    "bf16 where the device multiplies it natively (about twice as fast there), else fp32."
+    native = torch.cuda.is_bf16_supported() if device.startswith("cuda") else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if native else "fp32"
+
 DATA = Path(unlearn_wb.__path__[0]).resolve().parent / "data"
 _PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -135,6 +140,10 @@ class Denoiser:
     @property
     def max_tokens(self): return self.tokenizer.model_max_length
 
+    def autocast(self, precision: str):
+        "A context in which the heavy parts compute in bf16, or as they are (fp32)."
+        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
     def fingerprint(self) -> str:
         "sha256 of all weights (first 16 digits): what cached results are filed under."
         h = hashlib.sha256()
@@ -178,6 +187,7 @@ def sample(model: Denoiser,
            steps: int = 15,  # DPM-Solver++ steps
            guidance: float = 4.,  # guidance scale w; 1 asks once, without the empty prompt
            batch: int = 48,  # images at a time
+           precision: str = "fp32",  # fp32 or bf16
            decode: bool = True,  # False leaves the latents (N,C,h,w) as they are
            callback=None  # called as callback(images done, images in all)
           ) -> torch.Tensor:  # (N,3,H,W) in [0,1], on the CPU
@@ -192,10 +202,11 @@ def sample(model: Denoiser,
         solver.set_timesteps(steps, device=model.device)
         x = x * solver.init_noise_sigma
         for t in solver.timesteps:
-            if guidance == 1: eps = model.eps(x, t, c)
-            else:
-                plain, told = model.eps(torch.cat([x, x]), t, torch.cat([c_null.expand_as(c), c])).chunk(2)
-                eps = plain + guidance * (told - plain)
+            with model.autocast(precision):
+                if guidance == 1: eps = model.eps(x, t, c)
+                else:
+                    plain, told = model.eps(torch.cat([x, x]), t, torch.cat([c_null.expand_as(c), c])).chunk(2)
+                    eps = plain + guidance * (told - plain)
             if model.predicts != "epsilon":  # the solver expects what the network predicts
                 a = model.abar[t]
                 eps = (eps - (1 - a).sqrt() * x) / a.sqrt()

@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .concepts import Erasure, Probe
-from .diffusion import Denoiser, sample
+from .concepts import Probe, Vocabulary
+from .diffusion import DATA, Denoiser
 
 # %% auto #0
 __all__ = ['FORGOTTEN', 'KEPT', 'wilson', 'judge_for', 'reference_for', 'examine', 'rates', 'verdict']
@@ -24,10 +24,11 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 # %% ../nbs/lib/09_metrics.ipynb #c010
 def judge_for(model: Denoiser):
-    "The ground-truth judge that lies beside a model's directory, or None."
+    "The ground-truth judge that lies beside a model's directory, or of the sandbox for a model of its world; else None."
     from unlearn_wb.sandbox import load_judge
-    folder = model.folder.parent / "judge" if model.folder else None
-    return load_judge(folder) if folder and (folder / "judge.safetensors").exists() else None
+    beside = [model.folder.parent / "judge"] if model.folder else []
+    if Vocabulary.of(model).closed: beside.append(DATA / "sandbox" / "judge")  # a run's own model, used as a base
+    return next((load_judge(f) for f in beside if (f / "judge.safetensors").exists()), None)
 
 def reference_for(model: Denoiser, concepts: list[str]) -> Path | None:
     "The UNet retrained without exactly these concepts, if it lies beside the model's directory."

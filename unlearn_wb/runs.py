@@ -13,7 +13,7 @@ from .concepts import nearest_name
 from .diffusion import quiet_loading
 
 # %% auto #0
-__all__ = ['FREE', 'BadParameter', 'read_parameters', 'BadRun', 'slug', 'write_json', 'versions', 'Run', 'Stop',
+__all__ = ['FREE', 'BadParameter', 'read_parameters', 'BadRun', 'slug', 'write_json', 'versions', 'Run', 'Interrupted', 'Stop',
            'leave_on_sigterm']
 
 # %% ../nbs/lib/08_runs.ipynb #c005
@@ -171,6 +171,8 @@ def _sync(path: Path):
     finally: os.close(fd)
 
 # %% ../nbs/lib/08_runs.ipynb #c014
+class Interrupted(RuntimeError): "The run was asked to leave, and everything is saved."
+
 class Stop:
     "Whether somebody asked the run to leave."
     requested = False

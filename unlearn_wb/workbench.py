@@ -9,12 +9,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 import torch
 from .concepts import BadConcept, Cache, Erasure, Probe, Vocabulary, probes
-from .diffusion import Denoiser, sample
+from .diffusion import Denoiser, default_precision, sample
 from .loop import unlearn
 from .methods.doco import DoCo, defaults
 from .metrics import examine, judge_for, rates, reference_for, verdict
 from .plots import plot_angles, plot_discriminator, plot_logits, plot_losses, plot_rates, plot_similarity, show_images
-from .runs import Run, leave_on_sigterm, slug, versions, write_json
+from .runs import Interrupted, Run, leave_on_sigterm, slug, versions, write_json
 from .scopes import choose
 from .widgets import Progress, Watch
 
@@ -23,8 +23,8 @@ __all__ = ['PARAMETERS', 'METHODS', 'said', 'split_names', 'alerts', 'Experiment
 
 # %% ../nbs/lib/14_workbench.ipynb #c005
 PARAMETERS = dict(
-    concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, warmup=-1, batch_size=0, lr=0., disc_lr=0., lam=-1., combiner="", granularity="",
-    scope="", sees="", retain="", num_images=0, eval_images=60, seed=0, device="", precision="", run_dir="", resume=False)
+    concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, warmup=-1, batch_size=0, lr=0., disc_lr=0., lam=-1., combiner="", weight=-1., granularity="",
+    scope="", sees="", images="", retain="", num_images=0, eval_images=60, seed=0, device="", precision="", run_dir="", resume=False)
 
 def said(value) -> bool:
     "Whether a parameter was set: not empty, 0 or negative."
@@ -65,8 +65,8 @@ class Experiment:
         self.erasures = [Erasure.find(self.model, n, p["anchor"], p["concept_type"], retain, tuple(o for o in names if o != n)) for n in names]
         if len(set(n.lower() for n in names)) < len(names): raise BadConcept(f"'{p['concept']}' names a concept twice; name each once")
         config = table(self.model, self.erasures[0], p["preset"])
-        set_by_hand = {f.name: p[f.name] for f in fields(config) if f.name in p and (f.name in ("seed",) or said(p[f.name]) or (f.name in ("warmup", "lam") and p[f.name] == 0))}
-        self.config = replace(config, **set_by_hand)
+        set_by_hand = {f.name: p[f.name] for f in fields(config) if f.name in p and (f.name in ("seed",) or said(p[f.name]) or (f.name in ("warmup", "lam", "weight") and p[f.name] == 0))}
+        self.config = replace(config, **({"precision": default_precision(device)} | set_by_hand))
         if self.config.warmup >= self.config.iterations: raise ValueError(f"warmup = {self.config.warmup} leaves nothing of iterations = {self.config.iterations}; iterations counts the warm-up too and must be larger")
         record = dict(method=method, concept=p["concept"], base_model=p["base_model"], base_model_hash=self.model.fingerprint(), eval_images=p["eval_images"], **asdict(self.config),
                       erasures=[dict(target=e.target, kind=e.kind, anchor=e.anchor, retained=list(e.retained), linked=list(e.linked)) for e in self.erasures], device=device, versions=versions())
@@ -97,7 +97,7 @@ class Experiment:
         for ax, e in zip(axes[0], self.erasures): plot_similarity(e, ax)
         self.run.save_figure(fig, "choice")
         b, n = self.method.banks[0], 6
-        images = [sample(self.model, list(side[:n]), list(range(n))) for side in (b.target, b.anchor, b.retain) if side]
+        images = [sample(self.model, list(side[:n]), list(range(n)), precision=self.config.precision) for side in (b.target, b.anchor, b.retain) if side]
         return self.run.save_figure(show_images(torch.cat(images), rows=["target", "anchor", "retained"][:len(images)], title="What the original paints for the training prompts"), "training-prompts")
 
     def train(self, every: int = 50):
@@ -110,7 +110,7 @@ class Experiment:
                 if step.index % every == 0 or step.done or not go_on: self.run.save_checkpoint(step.index, self.trainer.state(), watch.rows)
                 if not go_on: break
         watch.close()
-        if stop.requested: raise SystemExit(f"asked to leave at step {self.trainer.step} of {self.trainer.total}; everything is saved, the same command with -p resume True goes on")
+        if stop.requested: raise Interrupted(f"asked to leave at step {self.trainer.step} of {self.trainer.total}; everything is saved, the same command with -p resume True goes on")
         return self.run.trace()
 
     def show_game(self):
@@ -123,8 +123,8 @@ class Experiment:
         return alerts(trace)
 
     def _paint(self, name: str, model: Denoiser, asked: list[Probe]) -> torch.Tensor:
-        key = ["examination", name if name == "unlearned" else model.fingerprint(), [p.prompt for p in asked], [p.seed for p in asked]]
-        paint = lambda: {"images": (sample(model, [p.prompt for p in asked], [p.seed for p in asked], callback=Progress(f"painting the examination, {name}")) * 255).round().byte()}
+        key = ["examination", name if name == "unlearned" else model.fingerprint(), [p.prompt for p in asked], [p.seed for p in asked], self.config.precision]
+        paint = lambda: {"images": (sample(model, [p.prompt for p in asked], [p.seed for p in asked], precision=self.config.precision, callback=Progress(f"painting the examination, {name}")) * 255).round().byte()}
         return (paint() if name == "unlearned" else self.cache.get(key, paint))["images"].float() / 255
 
     def examine(self):

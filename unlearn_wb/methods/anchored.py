@@ -4,7 +4,6 @@
 
 # %% ../../nbs/methods/anchored.ipynb #c002
 from __future__ import annotations
-from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from ..scopes import Moved, choose
 from ..surgery import Combiner
 
 # %% auto #0
-__all__ = ['MethodConfig', 'paint_bank', 'PromptedLatents', 'Noised', 'Anchored']
+__all__ = ['MethodConfig', 'paint_bank', 'text_states', 'PromptedLatents', 'Noised', 'Anchored']
 
 # %% ../../nbs/methods/anchored.ipynb #c005
 @dataclass(frozen=True)
@@ -49,12 +48,17 @@ def paint_bank(model: Denoiser, prompts: list[str], n: int, seed: int, cache: Ca
     key = ["bank", model.fingerprint(), list(prompts), n, seed, kw]
     return (cache.get(key, paint) if cache else paint())["latents"], which
 
+def text_states(model: Denoiser, prompts: list[str], cache: Cache | None = None) -> torch.Tensor:
+    "Text states (P,L,D) of the prompts, encoded once."
+    make = lambda: {"states": embed_each(model, prompts)}
+    return (cache.get(["states", model.fingerprint(), list(prompts)], make) if cache else make())["states"].to(model.device)
+
 class PromptedLatents:
     "Latents with the prompts they were painted for."
     def __init__(self, model, prompts, n, seed, cache=None, callback=None, **kw):
         self.latents, self.which = paint_bank(model, prompts, n, seed, cache, callback, **kw)
         self.latents = self.latents.to(model.device)
-        self.states = embed_each(model, list(prompts))  # (P,L,D)
+        self.states = text_states(model, list(prompts), cache)  # (P,L,D)
 
 @dataclass
 class Noised:
@@ -81,9 +85,9 @@ class Anchored:
         self.banks = [bank(e, -(-config.prompts // len(erasures)), config.seed) for e in erasures]
         target, anchor, retain = ([p for b in self.banks for p in getattr(b, side)] for side in ("target", "anchor", "retain"))
         self.cut = sum(check_prompts(model, b.target, e.target) for b, e in zip(self.banks, erasures))
-        n, paint = config.num_images, dict(cache=cache, callback=callback)
+        n, paint = config.num_images, dict(cache=cache, callback=callback, precision=config.precision)
         self.data = PromptedLatents(model, anchor, n, config.seed, **paint)
-        self.target_states = embed_each(model, target)
+        self.target_states = text_states(model, target, cache)
         self.retained = PromptedLatents(model, retain, n, config.seed + 1, **paint) if retain else None
         self.target_data = PromptedLatents(model, target, n, config.seed + 2, **paint) if config.images == "both" else None
         if config.detach_start:
@@ -91,8 +95,7 @@ class Anchored:
             for name, module in model.unet.named_modules():
                 if name.endswith(("attn2.to_k", "attn2.to_v")): module.register_forward_hook(cut)
 
-    def autocast(self):
-        return torch.autocast(self.model.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
+    def autocast(self): return self.model.autocast(self.config.precision)
 
     def draw(self, data: PromptedLatents, step: int, name: str, n: int, states=None, other=None) -> Noised:
         "A noised batch from a bank; depends on (seed, step, name) alone."

@@ -45,4 +45,4 @@ class ConAbl(Anchored):
 
 def defaults(model: Denoiser, erasure: Erasure) -> ConAblConfig:
     "The configuration for a kind of base model."
-    return ConAblConfig(lr=5e-4, iterations=400, num_images=192) if erasure.vocabulary.closed else ConAblConfig()
+    return ConAblConfig(lr=1e-3, iterations=400, num_images=96, weight=3.) if erasure.vocabulary.closed else ConAblConfig()

@@ -35,7 +35,7 @@ PRESETS = {
     "released": dict(lr=4.8e-5, d_layers=4, d_last=1, d_norm="batch", combiner="official", granularity="tensor", detach_start=True)}
 DEFAULTS = {  # by kind of base model
     "stable-diffusion": DoCoConfig(),
-    "sandbox": DoCoConfig(iterations=460, warmup=60, lr=5e-4, disc_lr=5e-4, num_images=192)}
+    "sandbox": DoCoConfig(iterations=460, warmup=60, lr=1e-3, disc_lr=5e-4, num_images=96, images="both", combiner="restricted", weight=3.)}
 
 def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> DoCoConfig:
     "The configuration for a kind of base model, with a preset on top. On the sandbox a preset leaves the learning rate that was tuned for it."
