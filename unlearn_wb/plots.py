@@ -174,7 +174,9 @@ def live_figure(figure=None):
 def update_live(fig, trace):
     "Give the figure of `live_figure` the trace so far (a DataFrame)."
     for data, (key, *_) in zip(fig.data, _LIVE):
-        if key in trace: data.update(x=trace.step.tolist(), y=trace[key].tolist())
+        if key not in trace: continue
+        there = trace[trace[key].notna()]  # JSON has no nan
+        data.update(x=there.step.tolist(), y=there[key].tolist())
     if "angle" in trace:
         fig.data[4].x = trace.angle.dropna().tolist()
         fig.layout.annotations[2].text = f"angle between Gu and Gr: {(trace.angle.dropna() > 90).mean():.0%} in conflict"

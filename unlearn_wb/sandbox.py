@@ -445,6 +445,7 @@ class Pretraining:
     def __init__(self, recipe: Recipe, work: str | Path, device: str = "cpu"):
         self.recipe, self.work, self.device = recipe, Path(work), device
         self.work.mkdir(parents=True, exist_ok=True)
+        self.scale = 0.  # of the latents; 0: measured by `encode`
         self.scenes = world(recipe.images, recipe.seed)
         rng = np.random.default_rng([recipe.seed, 1])
         self.captions = [[caption(s, rng) for _ in range(4)] for s in self.scenes]  # four of each scene's captions
@@ -454,6 +455,23 @@ class Pretraining:
         self.unet = make_unet().to(device)
         from diffusers.models.attention_processor import AttnProcessor
         self.unet.set_attn_processor(AttnProcessor())  # plain products: on CPUs in bf16 twice as fast as fused attention
+
+    def parts(self, reuse: str = "") -> list[tuple]:
+        "(name, stage, steps) of what all UNets share, in order; none when a finished sandbox's are taken over."
+        if reuse: return self.take_over(reuse) or []
+        r = self.recipe
+        return [("VAE", self.train_vae, r.vae_steps), ("judge", self.train_judge, r.judge_steps), ("CLIP", self.train_clip, r.clip_steps)]
+
+    def take_over(self, folder: str | Path):
+        "Use the VAE, CLIP, judge and UNet of a finished sandbox, so that only references remain to be trained."
+        from safetensors.torch import load_file
+        folder = Path(folder)
+        self.vae.load_state_dict(load_file(folder / "base" / "vae" / "diffusion_pytorch_model.safetensors"))
+        self.vae.register_to_config(scaling_factor=json.loads((folder / "base" / "vae" / "config.json").read_text())["scaling_factor"])
+        self.clip.load_state_dict(load_file(folder / "clip" / "model.safetensors"), strict=False)
+        self.judge.load_state_dict(load_file(folder / "judge" / "judge.safetensors"))
+        self.unet.load_state_dict(load_file(folder / "base" / "unet" / "diffusion_pytorch_model.safetensors"))
+        self.scale = self.vae.config.scaling_factor
 
     def paint(self):
         "Render the world once; yields the number painted."
@@ -512,7 +530,7 @@ class Pretraining:
     def encode(self):
         "The world as latents, scaled to unit variance, and its captions as token states, once for all UNets."
         z = torch.cat([self.vae.encode(self.pixels(i) * 2 - 1).latent_dist.mean for i in torch.arange(len(self.scenes)).split(256)])
-        self.vae.register_to_config(scaling_factor=round(1 / float(z[:4000].std()), 5))
+        self.vae.register_to_config(scaling_factor=self.scale or round(1 / float(z[:4000].std()), 5))
         self.latents = z * self.vae.config.scaling_factor
         self.texts = self.tokens([t for c in self.captions for t, _ in c]).view(len(self.scenes), 4, -1)
         self.empty = self.tokens([""])
