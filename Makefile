@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test lessons prepare readme clean
+.PHONY: help demo test lessons pictures prepare readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +30,11 @@ test: $(READY)  ## notebooks' own checks, then what crosses rooms
 lessons: $(READY)  ## run the literate notebooks and keep their outputs
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/lib/*.ipynb nbs/methods/*.ipynb
 	$(BIN)/nbdev_clean
+
+pictures: demo  ## the pictures of the README, from the demo's run
+	@mkdir -p nbs/images
+	cp $(DEMO)/images/grid-target.png nbs/images/before-after.png
+	cp $(DEMO)/images/grid-linked.png nbs/images/starry-night.png
 
 readme: $(READY)
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb

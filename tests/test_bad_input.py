@@ -21,6 +21,7 @@ CASES = {
     "anchor": (dict(anchor="zeppelin"), "unknown anchor 'zeppelin'"),
     "twice": (dict(concept="Snoopy+snoopy"), "names a concept twice"),
     "both": (dict(concept="Snoopy", retain="Snoopy"), "both to be forgotten and to be retained"),
+    "retain": (dict(retain="Snopy"), "unknown concept 'Snopy' to retain"),
     "type": (dict(concept_type="artist"), "unknown concept_type 'artist'; choose style or instance"),
     "model": (dict(base_model="/nowhere"), "base model '/nowhere' does not exist"),
     "misspelt model": (dict(base_model="sandbx"), "base model 'sandbx' does not exist; give 'sandbox'"),

@@ -108,6 +108,7 @@ class Erasure:
             raise BadConcept(f"unknown anchor '{anchor}'; this model's world has {', '.join(v.names() + (v.plain,))}")
         pool = retain or tuple(n for n in similar if n.lower() not in gone | {anchor.lower(), v.plain})[:related]
         for r in pool:
+            if v.closed and r.lower() not in [n.lower() for n in v.names()]: raise BadConcept(f"unknown concept '{r}' to retain; this model's world has {', '.join(v.names())}")
             if r.lower() in gone: raise BadConcept(f"'{r}' is both to be forgotten and to be retained; take it out of one of the two")
         linked = tuple(p for p, c in v.links.items() if c.lower() == concept.lower())
         return cls(concept, kind, anchor, tuple(pool), linked, v, similar)

@@ -144,8 +144,14 @@ class Denoiser:
         "A context in which the heavy parts compute in bf16, or as they are (fp32)."
         return torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
+    @property
+    def base_hash(self) -> str:
+        "The fingerprint at the first asking, before any training: what cached results are filed under."
+        if not hasattr(self, "_hash"): self._hash = self.fingerprint()
+        return self._hash
+
     def fingerprint(self) -> str:
-        "sha256 of all weights (first 16 digits): what cached results are filed under."
+        "sha256 of all weights as they are now (first 16 digits)."
         h = hashlib.sha256()
         for part in (self.unet, self.vae, self.text_encoder):
             for k, v in part.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

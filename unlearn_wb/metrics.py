@@ -62,7 +62,9 @@ def verdict(table,  # of `rates`
     say = lambda v: f"{v[0]:.0%} [{v[1][0]:.0%}, {v[1][1]:.0%}]"
     t, before = numbers[f"target_{unlearned}"], numbers[f"target_{original}"]
     forgotten = "forgotten" if t[0] <= FORGOTTEN else "weakened" if t[0] < before[0] / 2 else "still there"
-    text = f"'{target}' is {forgotten}: {say(t)} of {t[2]} images still show it (before: {before[0]:.0%})"
+    text = f"'{target}' is {forgotten}: {say(t)} of {t[2]} images still show it (before: {before[0]:.0%}"
+    exact = next((v for k, v in numbers.items() if k.startswith("target_reference") and v), None)
+    text += f"; a model that never saw it: {exact[0]:.0%})" if exact else ")"
     for group, name in (("retained", "retained concepts"), ("other", "everything else")):
         v, b = numbers[f"{group}_{unlearned}"], numbers[f"{group}_{original}"]
         if v: text += f"; {name} {'kept' if v[0] >= KEPT * b[0] else 'damaged'} at {say(v)} (before: {b[0]:.0%})" + (f", the worst at {v[3]:.0%}" if group == "retained" else "")

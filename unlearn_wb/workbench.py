@@ -68,7 +68,7 @@ class Experiment:
         set_by_hand = {f.name: p[f.name] for f in fields(config) if f.name in p and (f.name in ("seed",) or said(p[f.name]) or (f.name in ("warmup", "lam", "weight") and p[f.name] == 0))}
         self.config = replace(config, **({"precision": default_precision(device)} | set_by_hand))
         if self.config.warmup >= self.config.iterations: raise ValueError(f"warmup = {self.config.warmup} leaves nothing of iterations = {self.config.iterations}; iterations counts the warm-up too and must be larger")
-        record = dict(method=method, concept=p["concept"], base_model=p["base_model"], base_model_hash=self.model.fingerprint(), eval_images=p["eval_images"], **asdict(self.config),
+        record = dict(method=method, concept=p["concept"], base_model=p["base_model"], base_model_hash=self.model.base_hash, eval_images=p["eval_images"], **asdict(self.config),
                       erasures=[dict(target=e.target, kind=e.kind, anchor=e.anchor, retained=list(e.retained), linked=list(e.linked)) for e in self.erasures], device=device, versions=versions())
         self.run = Run.open(p["run_dir"], record, f"{slug(p['concept'])}-{method}", p["resume"])
         self.cache = Cache(self.run.folder / "cache")
@@ -123,7 +123,7 @@ class Experiment:
         return alerts(trace)
 
     def _paint(self, name: str, model: Denoiser, asked: list[Probe]) -> torch.Tensor:
-        key = ["examination", name if name == "unlearned" else model.fingerprint(), [p.prompt for p in asked], [p.seed for p in asked], self.config.precision]
+        key = ["examination", name if name == "unlearned" else model.base_hash, [p.prompt for p in asked], [p.seed for p in asked], self.config.precision]
         paint = lambda: {"images": (sample(model, [p.prompt for p in asked], [p.seed for p in asked], precision=self.config.precision, callback=Progress(f"painting the examination, {name}")) * 255).round().byte()}
         return (paint() if name == "unlearned" else self.cache.get(key, paint))["images"].float() / 255
 

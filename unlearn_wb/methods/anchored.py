@@ -45,13 +45,13 @@ def paint_bank(model: Denoiser, prompts: list[str], n: int, seed: int, cache: Ca
     "Latents (n,C,h,w) that the model paints for the prompts in turn, and which prompt each one is of."
     which = torch.arange(n) % len(prompts)
     paint = lambda: {"latents": sample(model, [prompts[i] for i in which], [seed + i for i in range(n)], decode=False, callback=callback, **kw)}
-    key = ["bank", model.fingerprint(), list(prompts), n, seed, kw]
+    key = ["bank", model.base_hash, list(prompts), n, seed, kw]
     return (cache.get(key, paint) if cache else paint())["latents"], which
 
 def text_states(model: Denoiser, prompts: list[str], cache: Cache | None = None) -> torch.Tensor:
     "Text states (P,L,D) of the prompts, encoded once."
     make = lambda: {"states": embed_each(model, prompts)}
-    return (cache.get(["states", model.fingerprint(), list(prompts)], make) if cache else make())["states"].to(model.device)
+    return (cache.get(["states", model.base_hash, list(prompts)], make) if cache else make())["states"].to(model.device)
 
 class PromptedLatents:
     "Latents with the prompts they were painted for."
