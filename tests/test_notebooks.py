@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-RUNNABLE = ["train_doco", "pretrain_sandbox", "bench_train"]
+RUNNABLE = ["train_doco", "pretrain_sandbox", "bench_train", "reproduce_linked"]
 
 
 def tool(name): return str(shutil.which(name, path=str(ROOT / ".venv/bin")) or shutil.which(name))

@@ -139,7 +139,7 @@ def plot_rates(table, ax=None):
 def plot_linked(table, axes=None):
     "What decides whether a linked phrase goes with its concept: variants of one erasure, and phrases by their nearness to the concept."
     axes = axes if axes is not None else plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=[3, 2])[1]
-    single = table[~table.variant.str.contains(":")]
+    single = table[~table.variant.str.contains(": ")]
     names = list(dict.fromkeys(single.variant))[::-1]
     for group, marker, colour, dy in (("target", "o", COLOURS["u"], .15), ("linked", "D", "#cc79a7", 0), ("retained", "s", COLOURS["r"], -.15)):
         for i, name in enumerate(names):
@@ -149,7 +149,7 @@ def plot_linked(table, axes=None):
             axes[0].errorbar(100 * k / n, i + dy, xerr=[[100 * (k / n - low)], [100 * (high - k / n)]], fmt=marker, c=colour, capsize=2, label=group if i == 0 else None)
     axes[0].set(yticks=range(len(names)), yticklabels=names, xlim=(-3, 103), xlabel="images that still show the concept (%)", title="erasing Van Gogh")
     axes[0].legend(frameon=False, fontsize=8, loc="upper center", ncols=3); axes[0].grid(axis="x", alpha=.3); axes[0].set_ylim(-.6, len(names) + .2)
-    phrases = table[(table.group == "linked") & (table.variant.str.contains(":|default"))].groupby("target", sort=False).agg(hits=("hits", "sum"), n=("n", "sum"), cosine=("cosine", "mean"))
+    phrases = table[(table.group == "linked") & (table.variant.str.contains(": |default"))].groupby("target", sort=False).agg(hits=("hits", "sum"), n=("n", "sum"), cosine=("cosine", "mean"))
     axes[1].plot(phrases.cosine, 100 * phrases.hits / phrases.n, "D", c="#cc79a7")
     for target, r in phrases.iterrows(): axes[1].annotate(target, (r.cosine, 100 * r.hits / r.n), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axes[1].set(ylim=(-4, 104), xlabel="text similarity of the phrase to its concept", ylabel="linked images that still show it (%)", title="each concept's own phrase, DoCo's defaults")

@@ -149,8 +149,10 @@ class Experiment:
         "Before and after, same prompts and seeds, for target, linked phrases, retained concepts and the rest. Frames mark what the judge counts as wrong."
         figures = []
         for group, title in (("target", f"Target: {self.targets}"), ("linked", "Linked phrases, never trained on"), ("retained", "Retained concepts"), ("other", "Everything else")):
-            where = [i for i, p in enumerate(self.asked) if p.group == group]
-            where = where[::max(1, len(where) // n)][:n]
+            concepts = {}
+            for i, q in enumerate(self.asked):
+                if q.group == group: concepts.setdefault(q.concept, []).append(i)
+            where = list(dict.fromkeys(members[k % len(members)] for k, members in zip(range(n), list(concepts.values()) * n)))  # in turn, each another prompt
             if not where: continue
             marks = None
             if hasattr(self, "judged"):
