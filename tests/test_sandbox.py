@@ -86,7 +86,7 @@ def test_training_resumes_to_the_same_weights(tmp_path):
     def parts(work, stop=None):
         making = Pretraining(Recipe(images=64, judge_steps=6, precision="fp32"), work)
         for _ in making.paint(): pass
-        for step, _ in making.train("judge", lambda i: making.judge(making.pixels(making.draw(4, i, "x")[0]))[0].square().mean(), 6, 1e-3, every=3):
+        for step, _ in making.train("judge", lambda i: sum(h.square().mean() for h in making.judge(making.pixels(making.draw(4, i, "x")[0]))), 6, 1e-3, every=3):
             if step == stop: return
         return torch.cat([p.detach().flatten() for p in making.judge.parameters()])
     whole = parts(tmp_path / "a")

@@ -174,14 +174,17 @@ def _sync(path: Path):
 class Interrupted(RuntimeError): "The run was asked to leave, and everything is saved."
 
 class Stop:
-    "Whether somebody asked the run to leave."
-    requested = False
+    "Whether somebody asked the run to leave: by SIGTERM, or by taking away the process that started it (papermill dies of SIGTERM, its kernel about a second later)."
+    def __init__(self): self.asked, self.parent = False, os.getppid()
+
+    @property
+    def requested(self) -> bool: return self.asked or os.getppid() != self.parent
 
 @contextmanager
 def leave_on_sigterm():
     "Within this block SIGTERM sets `requested` of the `Stop` given."
     stop = Stop()
-    def ask(*_): stop.requested = True
+    def ask(*_): stop.asked = True
     try: before = signal.signal(signal.SIGTERM, ask)
     except ValueError: before = None  # not the main thread: nothing to catch
     try: yield stop
