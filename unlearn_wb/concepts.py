@@ -184,9 +184,9 @@ def probes(e: Erasure,
     for r in e.retained: add("retained", r, of(r))
     if e.kind == "style":
         others = [x for x in things if x not in e.retained]
-        for i in range(n): add_one = others[i % len(others)]; out.append(Probe("other", add_one, THING_PROBES[(i // len(others)) % 3].format(noun_phrase(add_one, v)), seed + i))
-    else:
-        for i in range(n): s = v.styles[i % len(v.styles)]; out.append(Probe("other", s, STYLE_PROBES[i % 4].format(np=noun_phrase(v.things[i % len(v.things)], v), s=s), seed + i))
+        rest = [(x, THING_PROBES[(i // len(others)) % 3].format(noun_phrase(x, v))) for i, x in enumerate((others * n)[:n])]
+    else: rest = [(s, STYLE_PROBES[i % 4].format(np=noun_phrase(v.things[i % len(v.things)], v), s=s)) for i, s in enumerate((v.styles * n)[:n])]
+    out += [Probe("other", concept, prompt, seed + i) for i, (concept, prompt) in enumerate(rest)]
     return out
 
 # %% ../nbs/lib/03_concepts.ipynb #c021

@@ -5,12 +5,10 @@
 # %% ../nbs/lib/07_loop.ipynb #c002
 from __future__ import annotations
 import math, time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Iterator, Protocol
 import torch
 from torch import nn
-from .diffusion import seeded
 from .scopes import choose
 from .surgery import Combiner
 

@@ -5,7 +5,6 @@
 # %% ../nbs/lib/09_metrics.ipynb #c002
 from __future__ import annotations
 import math
-from dataclasses import dataclass
 from pathlib import Path
 import torch
 from .concepts import Probe, Vocabulary

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import hashlib, json, math, os, platform, re, shutil, signal
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 import torch
 from .concepts import nearest_name

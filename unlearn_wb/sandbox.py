@@ -5,7 +5,7 @@
 # %% ../nbs/lib/02_sandbox.ipynb #c002
 from __future__ import annotations
 import json, math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
@@ -206,8 +206,7 @@ def _van_gogh(c, noise):
     return torch.lerp(img, palette, .35) * (1 + .6 * stroke)
 
 def _picasso(c, noise, k=14):
-    n = len(c.img)
-    seeds = 64 * (torch.special.ndtr(noise[:, 0, 0, :k])), 64 * (torch.special.ndtr(noise[:, 0, 1, :k]))
+    seeds = 64 * torch.special.ndtr(noise[:, 0, 0, :k]), 64 * torch.special.ndtr(noise[:, 0, 1, :k])
     d = torch.stack([torch.hypot(c.px - seeds[0][:, i, None, None], c.py - seeds[1][:, i, None, None]) for i in range(k)], 1)  # (N,k,H,W)
     near, which = d.min(1)
     second = d.scatter(1, which[:, None], 1e9).amin(1)

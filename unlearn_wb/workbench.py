@@ -4,11 +4,10 @@
 
 # %% ../nbs/lib/14_workbench.ipynb #c002
 from __future__ import annotations
-import base64, html, io, json, math
+import base64, html, json
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 import torch
-from .concepts import BadConcept, Cache, Erasure, Probe, Vocabulary, probes
+from .concepts import BadConcept, Cache, Erasure, Probe, probes
 from .diffusion import Denoiser, default_precision, sample
 from .loop import unlearn
 from .methods.doco import DoCo, defaults
