@@ -10,7 +10,7 @@ setup(
     name=c["lib_name"], version=c["version"], license="Apache-2.0", description=c["description"], author=c["author"], keywords=c["keywords"],
     long_description=open("README.md", encoding="utf-8").read(), long_description_content_type="text/markdown",
     packages=find_packages(include=["unlearn_wb*"]), include_package_data=True, zip_safe=False, python_requires=">=" + c["min_python"],
-    install_requires=c["requirements"].split(), extras_require={"dev": c["dev_requirements"].split()},
+    install_requires=c["requirements"].split(), extras_require={"dev": c["dev_requirements"].split(), "nudity": ["nudenet"], "faces": ["insightface", "onnxruntime"], "lpips": ["lpips", "torchvision"], "inception": ["torch-fidelity", "torchvision"]},
     entry_points={"nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"]},
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
 )

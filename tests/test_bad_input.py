@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT, parameters, tiny_pipeline
 
 from unlearn_wb.diffusion import BadModel, Denoiser
+from unlearn_wb.loop import unlearn
 from unlearn_wb.workbench import Experiment
 
 CASES = {
@@ -78,7 +79,7 @@ def test_run_dir_of_another_configuration(tmp_path):
 def test_not_finite_stops_before_the_weights_are_touched(tmp_path):
     import torch
     e = Experiment(parameters(run_dir=str(tmp_path / "run"), warmup=1))
-    stream = iter(e.trainer)
+    stream = iter(unlearn(e.method))
     next(stream), next(stream)
     before = {k: v.clone() for k, v in e.method.params.items()}
     e.method.data.latents.fill_(float("inf"))

@@ -14,7 +14,8 @@ from .diffusion import Denoiser, seeded
 
 # %% auto #0
 __all__ = ['GENERAL', 'KINDS', 'STYLE_PROBES', 'THING_PROBES', 'LINK_PROBES', 'BadConcept', 'Vocabulary', 'similarity',
-           'nearest_name', 'Erasure', 'noun_phrase', 'Bank', 'bank', 'Probe', 'probes', 'check_prompts', 'Cache']
+           'nearest_name', 'Erasure', 'noun_phrase', 'Bank', 'bank', 'Probe', 'probes', 'check_prompts', 'token_spans',
+           'Cache']
 
 # %% ../nbs/lib/03_concepts.ipynb #c005
 class BadConcept(ValueError): "A concept, anchor or prompt that cannot be used, and why."
@@ -104,7 +105,8 @@ class Erasure:
         nearest = next((n for n in similar if n in v.things and n.lower() not in gone), "")
         if not anchor: anchor = v.plain if kind == "style" else v.parents.get(concept, nearest)
         if anchor.lower() == concept.lower(): raise BadConcept(f"the anchor '{anchor}' is the concept itself; name something else to say instead, or leave it empty to have one found")
-        if v.closed and anchor.lower() not in [n.lower() for n in v.names() + (v.plain, "photo")]:
+        described = len(anchor.split()) > 2  # "a small white dog with black ears"
+        if v.closed and not described and anchor.lower() not in [n.lower() for n in v.names() + (v.plain, "photo")]:
             raise BadConcept(f"unknown anchor '{anchor}'; this model's world has {', '.join(v.names() + (v.plain,))}")
         pool = retain or tuple(n for n in similar if n.lower() not in gone | {anchor.lower(), v.plain})[:related]
         for r in pool:
@@ -130,7 +132,7 @@ LINK_PROBES = {"style": ("the {l} over {np}", "{np} under the {l}", "{l} with {n
 
 def noun_phrase(name: str, v: Vocabulary) -> str:
     "`a cat`, `an owl`, `snoopy`: proper names go without an article."
-    if name in v.characters or name[:1].isupper(): return name
+    if name in v.characters or name[:1].isupper() or name.split()[0] in ("a", "an", "the"): return name
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 @dataclass(frozen=True)
@@ -204,6 +206,14 @@ def check_prompts(model: Denoiser, prompts: list[str], concept: str = "") -> int
     return cut
 
 # %% ../nbs/lib/03_concepts.ipynb #c024
+def token_spans(model: Denoiser, prompt: str, concept: str) -> list[list[int]]:
+    "The token positions of each occurrence of the concept in the prompt. Raises `BadConcept` when there is none."
+    ids, part = model.tokenizer(prompt, truncation=True, max_length=model.max_tokens).input_ids, model.tokenizer(concept, add_special_tokens=False).input_ids
+    found = [list(range(i, i + len(part))) for i in range(len(ids) - len(part) + 1) if ids[i:i + len(part)] == part]
+    if not part or not found: raise BadConcept(f"'{concept}' does not stand in the prompt '{prompt[:60]}' as the tokenizer reads it; write it as in the concept's name")
+    return found
+
+# %% ../nbs/lib/03_concepts.ipynb #c027
 class Cache:
     "Tensors on disk under a key. A file is written whole or not at all."
     def __init__(self, folder: str | Path):

@@ -12,7 +12,7 @@ import unlearn_wb
 
 # %% auto #0
 __all__ = ['DATA', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'default_precision', 'BadModel', 'resolve_model',
-           'quiet_loading', 'Denoiser', 'sample', 'embed_each']
+           'quiet_loading', 'Denoiser', 'denoise', 'starting_noise', 'sample', 'embed_each', 'attention_maps']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -187,6 +187,33 @@ class Denoiser:
 
 # %% ../nbs/lib/01_diffusion.ipynb #c023
 @torch.no_grad()
+def denoise(model: Denoiser,
+            x: torch.Tensor,  # starting noise (B,C,h,w)
+            c: torch.Tensor,  # text states (B,L,D)
+            c_null: torch.Tensor,  # of the empty prompt (1,L,D)
+            steps: int = 15, guidance: float = 4., precision: str = "fp32"):
+    "The denoising path: yields (t, x_t, guided eps) before each step, and lastly (0, x_0, None)."
+    from diffusers import DPMSolverMultistepScheduler
+    solver = DPMSolverMultistepScheduler.from_config({**model.pipe.scheduler.config, "steps_offset": 1}, algorithm_type="dpmsolver++")
+    solver.set_timesteps(steps, device=model.device)
+    x = x * solver.init_noise_sigma
+    for t in solver.timesteps:
+        with model.autocast(precision):
+            if guidance == 1: eps = model.eps(x, t, c)
+            else:
+                plain, told = model.eps(torch.cat([x, x]), t, torch.cat([c_null.expand_as(c), c])).chunk(2)
+                eps = plain + guidance * (told - plain)
+        yield t, x, eps
+        a = model.abar[t]
+        out = eps if model.predicts == "epsilon" else (eps - (1 - a).sqrt() * x) / a.sqrt()  # the solver expects what the network predicts
+        x = solver.step(out, t, x).prev_sample
+    yield torch.zeros_like(t), x, None
+
+def starting_noise(model: Denoiser, seeds: list[int]) -> torch.Tensor:
+    "The noise (N,C,h,w) that each image starts from: a function of its seed alone."
+    return torch.stack([torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]).to(model.device)
+
+@torch.no_grad()
 def sample(model: Denoiser,
            prompts: list[str],
            seeds: list[int],  # one an image
@@ -198,25 +225,9 @@ def sample(model: Denoiser,
            callback=None  # called as callback(images done, images in all)
           ) -> torch.Tensor:  # (N,3,H,W) in [0,1], on the CPU
     "Paint one image for each prompt and seed."
-    from diffusers import DPMSolverMultistepScheduler
     out, c_null = [], model.embed([""])
     for i in range(0, len(prompts), batch):
-        group = prompts[i:i + batch]
-        c = embed_each(model, group)
-        x = torch.stack([torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds[i:i + batch]]).to(model.device)
-        solver = DPMSolverMultistepScheduler.from_config({**model.pipe.scheduler.config, "steps_offset": 1}, algorithm_type="dpmsolver++")
-        solver.set_timesteps(steps, device=model.device)
-        x = x * solver.init_noise_sigma
-        for t in solver.timesteps:
-            with model.autocast(precision):
-                if guidance == 1: eps = model.eps(x, t, c)
-                else:
-                    plain, told = model.eps(torch.cat([x, x]), t, torch.cat([c_null.expand_as(c), c])).chunk(2)
-                    eps = plain + guidance * (told - plain)
-            if model.predicts != "epsilon":  # the solver expects what the network predicts
-                a = model.abar[t]
-                eps = (eps - (1 - a).sqrt() * x) / a.sqrt()
-            x = solver.step(eps, t, x).prev_sample
+        *_, (_, x, _) = denoise(model, starting_noise(model, seeds[i:i + batch]), embed_each(model, prompts[i:i + batch]), c_null, steps, guidance, precision)
         out.append(model.decode(x) if decode else x.cpu())
         if callback: callback(min(i + batch, len(prompts)), len(prompts))
     return torch.cat(out)
@@ -225,3 +236,21 @@ def embed_each(model: Denoiser, prompts: list[str]) -> torch.Tensor:
     "`model.embed`, encoding each distinct prompt once."
     unique = list(dict.fromkeys(prompts))
     return model.embed(unique)[[unique.index(p) for p in prompts]]
+
+# %% ../nbs/lib/01_diffusion.ipynb #c031
+@contextmanager
+def attention_maps(model: Denoiser):
+    "Within this block every call of the denoiser fills the yielded dict: layer -> cross-attention probabilities (B, heads, places, tokens), with their graph."
+    from diffusers.models.attention_processor import AttnProcessor
+    maps, before = {}, model.unet.attn_processors
+    class Keep(AttnProcessor):
+        def __init__(self, name): super().__init__(); self.name = name
+        def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None, **kw):
+            split = lambda v: v.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, d)
+            q, k, v = split(attn.to_q(x)), split(attn.to_k(encoder_hidden_states)), split(attn.to_v(encoder_hidden_states))
+            p = ((q @ k.transpose(-1, -2)).float() * attn.scale).softmax(-1)
+            maps[self.name] = p
+            return attn.to_out[1](attn.to_out[0]((p.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
+    model.unet.set_attn_processor({k: Keep(k.removesuffix(".processor")) if ".attn2." in k else p for k, p in before.items()})
+    try: yield maps
+    finally: model.unet.set_attn_processor(before)

@@ -36,6 +36,7 @@ class GradientMethod(Protocol):
     warmup: int  # steps at the beginning that leave the denoiser alone
     iterations: int  # steps in all, warm-up included
     def batch(self, step: int): "The step's batch; depends on (seed, step) alone."
+    def before(self, batch) -> dict: "What precedes the step (an adversary's turn); what it measured."
     def unlearning_loss(self, batch) -> torch.Tensor: "L_u, with its graph."
     def retaining_loss(self, batch) -> torch.Tensor | None: "L_r, with its graph; None when the method has none."
     def after(self, batch) -> dict: "What follows the step (a discriminator's turn, an EMA); what it measured."
@@ -95,6 +96,7 @@ class Trainer:
 
     def _unlearn(self, batch):
         m, g = self.method, self.gradients
+        first = m.before(batch)
         g.into("r")
         loss_r = m.retaining_loss(batch)
         if loss_r is not None: loss_r.backward()
@@ -108,7 +110,7 @@ class Trainer:
         self.optimizer.step()
         values = {"loss_u": loss_u.item(), "loss_r": loss_r.item() if loss_r is not None else math.nan, "angle": stats.angle, "norm_u": stats.norm_u,
                   "norm_r": stats.norm_r, "norm": norm, "conflict": float(stats.conflict), "removed": stats.removed, "lr": lr}
-        return values | m.after(batch)
+        return values | first | m.after(batch)
 
     def __iter__(self) -> Iterator[Step]:
         "Run to the end, one `Step` at a time. Raises `FloatingPointError` at the first loss that is not finite, before the weights see it."

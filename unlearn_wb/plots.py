@@ -10,12 +10,14 @@ import matplotlib.pyplot as plt
 from .metrics import wilson
 
 # %% auto #0
-__all__ = ['COLOURS', 'show_images', 'plot_similarity', 'plot_discriminator', 'plot_angles', 'plot_losses', 'plot_logits',
-           'plot_rates', 'plot_linked', 'live_figure', 'update_live']
+__all__ = ['COLOURS', 'CYCLE', 'MARKERS', 'show_images', 'plot_similarity', 'plot_discriminator', 'plot_angles', 'plot_losses',
+           'plot_logits', 'plot_rates', 'plot_linked', 'plot_methods', 'plot_board', 'live_figure', 'update_live']
 
 # %% ../nbs/lib/11_plots.ipynb #c005
 COLOURS = {"u": "#d55e00", "r": "#0072b2", "d": "#009e73", "anchor": "#0072b2", "target": "#d55e00", "grey": "#777777",
            "original": "#999999", "unlearned": "#d55e00", "reference": "#0072b2"}
+CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000")  # told apart by the colour-blind, and by MARKERS
+MARKERS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "pentagon")
 
 def show_images(images,  # (N,3,H,W) in [0,1]
                 rows=None,  # names of the rows; N must be a multiple of their number
@@ -154,6 +156,33 @@ def plot_linked(table, axes=None):
     for target, r in phrases.iterrows(): axes[1].annotate(target, (r.cosine, 100 * r.hits / r.n), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axes[1].set(ylim=(-4, 104), xlabel="text similarity of the phrase to its concept", ylabel="linked images that still show it (%)", title="each concept's own phrase, DoCo's defaults")
     return axes[0].figure
+
+def plot_methods(table, ax=None):
+    "Target and retained rates of methods over all their runs, with 95 % intervals: columns method, group, hits, n."
+    names = list(dict.fromkeys(table.method))[::-1]
+    ax = ax or plt.subplots(figsize=(8, .3 * len(names) + 1), layout="constrained")[1]
+    for group, marker, colour, dy in (("target", "o", COLOURS["u"], .2), ("linked", "D", "#cc79a7", 0), ("retained", "s", COLOURS["r"], -.2)):
+        for i, name in enumerate(names):
+            part = table[(table.method == name) & (table.group == group)]
+            k, n = int(part.hits.sum()), int(part.n.sum())
+            if not n: continue
+            low, high = wilson(k, n)
+            ax.errorbar(100 * k / n, i + dy, xerr=[[100 * (k / n - low)], [100 * (high - k / n)]], fmt=marker, c=colour, ms=5, capsize=2, label=group if i == 0 else None)
+    ax.set(yticks=range(len(names)), yticklabels=names, xlim=(-3, 103), xlabel="images in which the judge sees the concept (%)")
+    ax.grid(axis="x", alpha=.3); ax.legend(frameon=False, fontsize=8, loc="upper center", ncols=3, bbox_to_anchor=(.45, 1 + .5 / (len(names) + 1)))
+    return ax.figure
+
+def plot_board(table, ax=None):
+    "Forgetting against retention of many runs, with 95 % intervals and the Pareto front; the static twin of `assessment.plot_front`."
+    ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
+    for k, (method, part) in enumerate(table.groupby("method", sort=False)):
+        ax.errorbar(100 - part.target, part.retained, xerr=[part["target high"] - part.target, part.target - part["target low"]], yerr=[part.retained - part["retained low"], part["retained high"] - part.retained],
+                    fmt="osD^vPX*"[k % 8], c=CYCLE[k % len(CYCLE)], ms=7, lw=.8, capsize=2, label=method)
+    front = table[table.front].sort_values("target")
+    ax.plot(100 - front.target, front.retained, ":", c="#777777", label="Pareto front")
+    ax.set(xlabel="target forgotten (% of its images)", ylabel="retained concepts kept (%)", xlim=(-3, 103))
+    ax.legend(frameon=False, fontsize=8); ax.grid(alpha=.3)
+    return ax.figure
 
 # %% ../nbs/lib/11_plots.ipynb #c012
 _LIVE = (("loss_d", "D loss", 1, 1, COLOURS["d"]), ("d_acc", "D accuracy", 1, 1, "#56b4e9"), ("loss_u", "unlearning loss", 1, 2, COLOURS["u"]), ("loss_r", "retaining loss", 1, 2, COLOURS["r"]))

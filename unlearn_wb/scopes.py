@@ -11,7 +11,7 @@ from torch import nn
 from .concepts import nearest_name
 
 # %% auto #0
-__all__ = ['SCOPES', 'BadChoice', 'choose', 'select', 'Moved', 'load_changed']
+__all__ = ['SCOPES', 'ADAPTED', 'BadChoice', 'choose', 'select', 'Adapters', 'Moved', 'load_changed']
 
 # %% ../nbs/lib/04_scopes.ipynb #c004
 class BadChoice(ValueError): "A named choice that does not exist."
@@ -34,6 +34,65 @@ def select(unet: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     return {k: p for k, p in unet.named_parameters() if rule(k)}
 
 # %% ../nbs/lib/04_scopes.ipynb #c008
+ADAPTED = {"adapter": SCOPES["xattn"], "adapter-kv": SCOPES["xattn-kv"], "eraser": lambda name: ".attn2.to_out." in name}  # adapter scope -> which linear layers get an addition
+
+class Adapters:
+    "Low-rank additions to a UNet's linear layers; the same interface as `Moved`."
+    def __init__(self, unet: nn.Module,
+                 scope: str,  # adapter, adapter-kv
+                 rank: int = 1, seed: int = 0):
+        if rank < 1: raise BadChoice(f"rank = {rank}; an adapter needs at least rank 1")
+        rule = choose("adapter scope", scope, ADAPTED)
+        self.unet, self.scope, self.scale, self.outputs = unet, scope, 1., None
+        self.layers = {k: m for k, m in unet.named_modules() if isinstance(m, nn.Linear) and rule(f"{k}.weight")}
+        taken = next((k for k, m in self.layers.items() if getattr(m, "adapted", False)), None)
+        if taken: raise BadChoice(f"layer {taken} of this model is adapted already; fold the first adapter into the weights (merge) before adding another")
+        g, self.params = torch.Generator().manual_seed(seed), {}
+        for k, m in self.layers.items():
+            m.adapted = True
+            down = torch.randn(rank, m.in_features, generator=g) / m.in_features ** .5
+            self.params |= {f"{k}.down": nn.Parameter(down.to(m.weight)), f"{k}.up": nn.Parameter(torch.zeros(m.out_features, rank).to(m.weight))}
+        self.start = {k: p.detach().clone() for k, p in self.params.items()}
+        self.hooks = [m.register_forward_hook(self._add(k)) for k, m in self.layers.items()]
+
+    def _add(self, k):
+        def hook(module, args, out):
+            scale = self.scale  # a number, or one for each image of the batch (B,1,1)
+            if isinstance(scale, float) and scale == 0: return out
+            extra = scale * (args[0].to(self.params[f"{k}.down"].dtype) @ self.params[f"{k}.down"].T @ self.params[f"{k}.up"].T)
+            if self.outputs is not None: self.outputs[k] = extra
+            return out + extra.to(out.dtype)
+        return hook
+
+    @contextmanager
+    def scaled(self, scale, grad: bool = False):
+        "Within this block the additions count `scale` times."
+        before, self.scale = self.scale, scale
+        try:
+            with torch.set_grad_enabled(grad): yield self.unet
+        finally: self.scale = before
+
+    def original(self, grad: bool = False):
+        "Within this block the UNet is the frozen original."
+        return self.scaled(0., grad)
+
+    def wearing(self, weights: dict[str, torch.Tensor], grad: bool = False): return Moved.wearing(self, weights, grad)
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, torch.Tensor]:
+        "The layers' weights with the additions folded in, by parameter name."
+        add = lambda k: 0. if not self.hooks else self.params[f"{k}.up"] @ self.params[f"{k}.down"]
+        return {f"{k}.weight": m.weight + add(k) for k, m in self.layers.items()}
+
+    @torch.no_grad()
+    def merge(self):
+        "Fold the additions into the weights and take the adapters off."
+        for k, w in self.weights().items(): self.unet.get_parameter(k).copy_(w)
+        for h in self.hooks: h.remove()
+        for m in self.layers.values(): m.adapted = False
+        self.hooks = []
+
+# %% ../nbs/lib/04_scopes.ipynb #c011
 class Moved:
     "The moving parameters of a UNet and their original values."
     def __init__(self, unet: nn.Module, scope: str):
@@ -43,14 +102,18 @@ class Moved:
         self.start = {k: p.detach().clone() for k, p in self.params.items()}
 
     @contextmanager
-    def original(self):
-        "Within this block the UNet is the frozen original; no gradient is recorded."
-        now = {k: p.data for k, p in self.params.items()}
-        for k, p in self.params.items(): p.data = self.start[k]
+    def wearing(self, weights: dict[str, torch.Tensor], grad: bool = False):
+        "Within this block the UNet has these weights; no gradient is recorded unless asked for (then towards its inputs alone)."
+        now = {k: (p.data, p.requires_grad) for k, p in self.params.items()}
+        for k, p in self.params.items(): p.data = weights[k]; p.requires_grad_(False)
         try:
-            with torch.no_grad(): yield self.unet
+            with torch.set_grad_enabled(grad): yield self.unet
         finally:
-            for k, p in self.params.items(): p.data = now[k]
+            for k, p in self.params.items(): p.data = now[k][0]; p.requires_grad_(now[k][1])
+
+    def original(self, grad: bool = False):
+        "Within this block the UNet is the frozen original."
+        return self.wearing(self.start, grad)
 
     def weights(self) -> dict[str, torch.Tensor]:
         "The moved weights as they are now."

@@ -4,26 +4,30 @@
 
 # %% ../nbs/lib/14_workbench.ipynb #c002
 from __future__ import annotations
-import base64, html, json
+import base64, html, json, time
 from dataclasses import asdict, fields, replace
 import torch
-from .concepts import BadConcept, Cache, Erasure, Probe, probes
+from .concepts import BadConcept, Cache, Erasure, nearest_name
 from .diffusion import Denoiser, default_precision, sample
+from .evaluation import Evaluation, Gallery, ask, verdict
 from .loop import unlearn
-from .methods.doco import DoCo, defaults
-from .metrics import examine, judge_for, rates, reference_for, verdict
+from .registry import METHODS
+from .metrics import SandboxJudge, judge_for
 from .plots import plot_angles, plot_discriminator, plot_logits, plot_losses, plot_rates, plot_similarity, show_images
-from .runs import Interrupted, Run, leave_on_sigterm, slug, versions, write_json
-from .scopes import choose
+from .reference import reference_for
+from .runs import BadParameter, Interrupted, Run, leave_on_sigterm, slug, versions, write_json
+from .scopes import choose, load_changed
 from .widgets import Progress, Watch
 
 # %% auto #0
-__all__ = ['PARAMETERS', 'METHODS', 'said', 'split_names', 'alerts', 'Experiment']
+__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'said', 'split_names', 'read_options', 'alerts', 'Experiment']
 
 # %% ../nbs/lib/14_workbench.ipynb #c005
-PARAMETERS = dict(
-    concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, warmup=-1, batch_size=0, lr=0., disc_lr=0., lam=-1., combiner="", weight=-1., granularity="",
-    scope="", sees="", images="", retain="", num_images=0, eval_images=60, seed=0, device="", precision="", run_dir="", resume=False)
+COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, batch_size=0, lr=0., combiner="", weight=-1., scope="", images="", retain="", num_images=0,
+              mode="simultaneous", options="", eval_images=60, seed=0, device="", precision="", run_dir="", resume=False)
+PARAMETERS = COMMON | dict(warmup=-1, disc_lr=0., lam=-1., granularity="", sees="")
+WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume")  # said of the experiment, not of the method
+MODES = {"simultaneous": "all concepts in one training", "sequential": "one after the other, each from the last one's result"}
 
 def said(value) -> bool:
     "Whether a parameter was set: not empty, 0 or negative."
@@ -33,9 +37,23 @@ def split_names(text: str) -> list[str]:
     "`'Snoopy + Mickey'` to `['Snoopy', 'Mickey']`."
     return [n.strip() for n in text.split("+")]
 
+def read_options(text: str, config) -> dict:
+    "`'eta=2, loss=noise'` as values for the fields of a method's configuration. Raises `BadParameter`."
+    known, out = {f.name: getattr(config, f.name) for f in fields(config)}, {}
+    for part in (x.strip() for x in text.split(",") if x.strip()):
+        k, eq, v = (x.strip() for x in part.partition("="))
+        if not eq: raise BadParameter(f"option '{part}' is not of the form name=value")
+        if k not in known:
+            hint = nearest_name(k, known)
+            raise BadParameter(f"unknown option '{k}'; " + (f"did you mean '{hint}'? " if hint else "") + f"this method has {', '.join(known)}")
+        try: out[k] = {"true": True, "false": False}[v.lower()] if isinstance(known[k], bool) else type(known[k])(v)
+        except (ValueError, KeyError) as e: raise BadParameter(f"option {k} = '{v}' is not a {type(known[k]).__name__}; give something like {known[k]!r}") from e
+    return out
+
 # %% ../nbs/lib/14_workbench.ipynb #c008
 def alerts(trace) -> list[str]:
     "What the trace of an adversarial run warns of, in words."
+    if "d_acc" not in trace: trace = trace.assign(d_acc=float("nan"))
     out, run = [], trace[trace.phase == "unlearn"]
     warm = trace[trace.phase == "warm-up"]
     if len(warm) >= 20 and warm.d_acc.tail(20).mean() < .6:
@@ -44,50 +62,63 @@ def alerts(trace) -> list[str]:
         early, late = run.head(len(run) // 4), run.tail(100)
         if late.d_acc.min() > .95 and late.norm_u.mean() < .5 * early.norm_u.mean(): out.append("D wins: more than 95 % right for 100 steps while |Gu| falls; lower disc_lr, or use the hinge or least-squares loss")
         if late.d_acc.mean() > .8: out.append(f"D still tells the two sides apart in {late.d_acc.mean():.0%} of patches at the end: train longer, or raise lr")
-    if len(run) and (run.angle > 90).mean() > .9 and run.removed.mean() > .9: out.append("surgery removes nearly all of every unlearning gradient: the two losses want opposite things; lower lam, or retain less")
+    if len(run) and "angle" in run and (run.angle > 90).mean() > .9 and run.removed.mean() > .9: out.append("surgery removes nearly all of every unlearning gradient: the two losses want opposite things; lower lam, or retain less")
     return out or ["nothing to warn of"]
 
 # %% ../nbs/lib/14_workbench.ipynb #c011
-METHODS = {"doco": (DoCo, defaults)}
-
 class Experiment:
     "One method, one model, one or several concepts: from parameters to a verdict."
-    def __init__(self, p: dict,  # values for `PARAMETERS`
+    def __init__(self, p: dict,  # values for `PARAMETERS` or `COMMON`
                  method: str = "doco"):
-        make, table = choose("method", method, METHODS)
+        entry = choose("method", method, METHODS)
+        self.make = entry.make
         self.p, self.method_name = p, method
         if p["eval_images"] < 1: raise ValueError(f"eval_images = {p['eval_images']}; at least 1 is needed")
+        choose("mode", p.get("mode", "simultaneous"), MODES)
         device = p["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = Denoiser.load(p["base_model"], device=device)
         names = split_names(p["concept"])
         retain = tuple(n.strip() for n in p["retain"].split("+") if n.strip())
+        low = [n.lower() for n in names]
+        if len(set(low)) < len(low): raise BadConcept(f"'{p['concept']}' names a concept twice; name each once")
+        inside = next(((a, b) for a in low for b in low if a != b and f" {a} " in f" {b} "), None)
+        if inside: raise BadConcept(f"'{inside[0]}' is part of '{inside[1]}'; forget the two in runs of their own, or name '{inside[0]}' alone")
         self.erasures = [Erasure.find(self.model, n, p["anchor"], p["concept_type"], retain, tuple(o for o in names if o != n)) for n in names]
-        if len(set(n.lower() for n in names)) < len(names): raise BadConcept(f"'{p['concept']}' names a concept twice; name each once")
-        config = table(self.model, self.erasures[0], p["preset"])
-        set_by_hand = {f.name: p[f.name] for f in fields(config) if f.name in p and (f.name in ("seed",) or said(p[f.name]) or (f.name in ("warmup", "lam", "weight") and p[f.name] == 0))}
-        self.config = replace(config, **({"precision": default_precision(device)} | set_by_hand))
-        if self.config.warmup >= self.config.iterations: raise ValueError(f"warmup = {self.config.warmup} leaves nothing of iterations = {self.config.iterations}; iterations counts the warm-up too and must be larger")
-        record = dict(method=method, concept=p["concept"], base_model=p["base_model"], base_model_hash=self.model.base_hash, eval_images=p["eval_images"], **asdict(self.config),
+        config = entry.defaults(self.model, self.erasures[0], p["preset"])
+        has = {f.name for f in fields(config)}
+        zero = ("warmup", "lam", "weight")  # 0 is a value of these, not "the default"
+        by_hand = {k: v for k, v in p.items() if k in ("seed", *PARAMETERS) and k not in WHAT and (k == "seed" or said(v) or (k in zero and v == 0))}
+        strange = [k for k in by_hand if k not in has and k != "seed"]
+        if strange: raise BadParameter(f"method {method} has no {strange[0]}; leave it at its default")
+        by_hand = {k: v for k, v in by_hand.items() if k in has} | read_options(p.get("options", ""), config)
+        self.config = replace(config, **({"precision": default_precision(device)} | by_hand))
+        if hasattr(self.config, "warmup") and self.config.warmup >= self.config.iterations: raise ValueError(f"warmup = {self.config.warmup} leaves nothing of iterations = {self.config.iterations}; iterations counts the warm-up too and must be larger")
+        record = dict(method=method, concept=p["concept"], base_model=p["base_model"], base_model_hash=self.model.base_hash, eval_images=p["eval_images"], mode=p.get("mode", "simultaneous"), **asdict(self.config),
                       erasures=[dict(target=e.target, kind=e.kind, anchor=e.anchor, retained=list(e.retained), linked=list(e.linked)) for e in self.erasures], device=device, versions=versions())
         self.run = Run.open(p["run_dir"], record, f"{slug(p['concept'])}-{method}", p["resume"])
         self.cache = Cache(self.run.folder / "cache")
-        self.method = make(self.model, self.erasures, self.config, self.cache, Progress("painting the training images"))
-        self.trainer, rows = unlearn(self.method), []
-        saved = self.run.load_checkpoint() if p["resume"] else None
-        if saved:
-            self.trainer.load_state(saved[0])
-            rows = saved[1]
-            print(f"resuming after step {self.trainer.step} of {self.trainer.total}")
-        self.rows = rows
+        self.stages = [[e] for e in self.erasures] if p.get("mode") == "sequential" else [self.erasures]
+        self._enter(0)
 
     @property
     def targets(self) -> str: return " + ".join(e.target for e in self.erasures)
 
+    def _at(self, k: int) -> Run:
+        "Where stage k keeps its checkpoints: the run's folder, or one of its own when there are several."
+        return self.run if len(self.stages) == 1 else Run(self.run.folder / "stages" / f"{k + 1}-{slug(self.stages[k][0].target)}")
+
+    def _enter(self, k: int):
+        "Build the method of stage k on the model as it is now."
+        self.stage, self.at = k, self._at(k)
+        if k: del self.model._hash  # the weights are others now
+        self.method = self.make(self.model, self.stages[k], self.config, self.cache, Progress("painting the training images"))
+
     def describe(self) -> str:
         "What will be done, in Markdown."
         lines = [f"**Forget** {e.target} ({e.kind}), **say** {e.anchor} instead, **keep** {', '.join(e.retained)}" + (f"; examined but never trained on: {', '.join(e.linked)}" if e.linked else "") for e in self.erasures]
+        if len(self.stages) > 1: lines.append("One after the other, each from the last one's result")
         if self.method.cut: lines.append(f"{self.method.cut} prompts are longer than the text encoder reads and are cut")
-        return "\n\n".join(lines + [f"Run folder: `{self.run.folder}`"])
+        return "\n\n".join(lines + [f"Method: {self.method.name}. Run folder: `{self.run.folder}`"])
 
     def show_choice(self):
         "Why these anchors and retained concepts, and what the original paints for target and anchor."
@@ -100,73 +131,84 @@ class Experiment:
         return self.run.save_figure(show_images(torch.cat(images), rows=["target", "anchor", "retained"][:len(images)], title="What the original paints for the training prompts"), "training-prompts")
 
     def train(self, every: int = 50):
-        "Train to the end; checkpoints every so many steps. SIGTERM or the stop button finish the step, save and leave."
-        watch = Watch(self.trainer.total, self.rows)
+        "Train (or solve) every stage to the end; checkpoints every so many steps. SIGTERM or the stop button finish the step, save and leave."
+        import pandas as pd
+        from safetensors.torch import save_file
+        traces = []
+        for k in range(len(self.stages)):
+            done = self._at(k).folder / "done.safetensors"
+            if k and not (len(self.stages) > 1 and done.exists()): self._enter(k)
+            if len(self.stages) > 1 and done.exists(): load_changed(self.model.unet, done)  # finished before an interruption
+            else:
+                self._solve() if hasattr(self.method, "solve") else self._train(every)
+                if len(self.stages) > 1: save_file({n: w.cpu().contiguous() for n, w in self.method.moved.weights().items()}, done)
+            traces.append(self._at(k).trace().assign(stage=k + 1))
+        if len(self.stages) > 1: self.run.write_trace(pd.concat(traces, ignore_index=True).assign(step=lambda t: range(1, len(t) + 1)).to_dict("records"))
+        return self.run.trace()
+
+    def _solve(self):
+        began = time.perf_counter()
+        self.at.folder.mkdir(parents=True, exist_ok=True)
+        self.at.write_trace([{"step": 1, "phase": "unlearn", **self.method.solve(), "seconds": time.perf_counter() - began}])
+
+    def _train(self, every):
+        self.trainer, rows = unlearn(self.method), []
+        saved = self.at.load_checkpoint() if self.p["resume"] else None
+        if saved:
+            self.trainer.load_state(saved[0])
+            rows = saved[1]
+            print(f"resuming after step {self.trainer.step} of {self.trainer.total}")
+        watch = Watch(self.trainer.total, rows)
+        warmup = getattr(self.config, "warmup", 0)
         with leave_on_sigterm() as stop:
             for step in self.trainer:
                 go_on = watch.update(step) and not stop.requested
-                if step.index == self.config.warmup: write_json(self.run.folder / "warmup.json", {k: v.tolist() for k, v in self.method.examine().items()})
-                if step.index % every == 0 or step.done or not go_on: self.run.save_checkpoint(step.index, self.trainer.state(), watch.rows)
+                if step.index == warmup and hasattr(self.method, "examine"): write_json(self.run.folder / "warmup.json", {k: v.tolist() for k, v in self.method.examine().items()})
+                if step.index % every == 0 or step.done or not go_on: self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
                 if not go_on: break
         watch.close()
+        if self.trainer.step == self.trainer.total and hasattr(self.method.moved, "merge"): self.method.moved.merge()  # a plain pipeline knows no adapters
         if stop.requested: raise Interrupted(f"asked to leave at step {self.trainer.step} of {self.trainer.total}; everything is saved, the same command with -p resume True goes on")
-        return self.run.trace()
 
     def show_game(self):
-        "Discriminator, logits, angles, losses."
+        "How it went: discriminator and logits where there is one, angles, losses, and what the method itself shows."
         trace, early = self.run.trace(), self.run.folder / "warmup.json"
-        self.run.save_figure(plot_discriminator(trace), "discriminator")
-        if early.exists(): self.run.save_figure(plot_logits(json.loads(early.read_text()), self.method.examine()), "logits")
-        self.run.save_figure(plot_angles(trace), "angles")
-        self.run.save_figure(plot_losses(trace), "losses")
+        if "d_acc" in trace: self.run.save_figure(plot_discriminator(trace), "discriminator")
+        if early.exists() and hasattr(self.method, "examine"): self.run.save_figure(plot_logits(json.loads(early.read_text()), self.method.examine()), "logits")
+        if "angle" in trace and trace.angle.notna().any(): self.run.save_figure(plot_angles(trace), "angles")
+        if "loss_u" in trace: self.run.save_figure(plot_losses(trace), "losses")
+        for name, figure in getattr(self.method, "figures", lambda trace: [])(trace): self.run.save_figure(figure, f"method-{name}")
         return alerts(trace)
-
-    def _paint(self, name: str, model: Denoiser, asked: list[Probe]) -> torch.Tensor:
-        key = ["examination", name if name == "unlearned" else model.base_hash, [p.prompt for p in asked], [p.seed for p in asked], self.config.precision]
-        paint = lambda: {"images": (sample(model, [p.prompt for p in asked], [p.seed for p in asked], precision=self.config.precision, callback=Progress(f"painting the examination, {name}")) * 255).round().byte()}
-        return (paint() if name == "unlearned" else self.cache.get(key, paint))["images"].float() / 255
 
     def examine(self):
         "The same prompts and seeds painted by the original, the unlearned model and the exact reference, and judged. A table of rates, or None without a judge."
-        self.asked = [p for e in self.erasures for p in probes(e, self.p["eval_images"])]
-        gone = {e.target for e in self.erasures}
-        self.asked = list(dict.fromkeys(p for p in self.asked if p.group in ("target", "linked") or p.concept not in gone))
-        with self.method.moved.original(): self.images = {"original": self._paint("original", self.model, self.asked)}
-        self.images["unlearned"] = self._paint("unlearned", self.model, self.asked)
+        device, settings = str(self.model.device), dict(precision=self.config.precision)
+        gallery = lambda model, key="": Gallery(model, self.cache, key, **settings)
+        models = {"original": gallery(Denoiser.load(self.p["base_model"], device=device)), "unlearned": gallery(self.model, self.model.fingerprint())}
         where = reference_for(self.model, [e.target for e in self.erasures])
-        if where: self.images["reference (never saw it)"] = self._paint("reference", Denoiser.load(self.p["base_model"], unet=where, device=str(self.model.device)), self.asked)
+        if where: models["reference (never saw it)"] = gallery(Denoiser.load(self.p["base_model"], unet=where, device=device))
         judge = judge_for(self.model)
+        self.evaluation = Evaluation(ask(self.erasures, self.p["eval_images"]), models, {"classifier": SandboxJudge(judge)} if judge else {}, self.erasures[0].anchor)
+        for name in models: self.evaluation.look(name, Progress(f"painting the examination, {name}"))
         if judge is None: return None
-        import pandas as pd
-        self.judged = pd.concat([examine(self.asked, im, judge, name) for name, im in self.images.items()], ignore_index=True)
-        self.judged.to_parquet(self.run.folder / "examination.parquet")
-        self.table = rates(self.judged)
+        rows = self.evaluation.judged()
+        rows.to_parquet(self.run.folder / "examination.parquet")
+        self.table = self.evaluation.rates()
         self.run.save_figure(plot_rates(self.table), "rates")
         return self.table
 
     def show_grids(self, n: int = 10):
         "Before and after, same prompts and seeds, for target, linked phrases, retained concepts and the rest. Frames mark what the judge counts as wrong."
-        figures = []
-        for group, title in (("target", f"Target: {self.targets}"), ("linked", "Linked phrases, never trained on"), ("retained", "Retained concepts"), ("other", "Everything else")):
-            concepts = {}
-            for i, q in enumerate(self.asked):
-                if q.group == group: concepts.setdefault(q.concept, []).append(i)
-            where = list(dict.fromkeys(members[k % len(members)] for k, members in zip(range(n), list(concepts.values()) * n)))  # in turn, each another prompt
-            if not where: continue
-            marks = None
-            if hasattr(self, "judged"):
-                hit = {m: g.hit.to_numpy() for m, g in self.judged.groupby("model", sort=False)}
-                marks = [bool(hit[m][i]) == (m != "original") if group in ("target", "linked") else not hit[m][i] for m in self.images for i in where]
-            fig = show_images(torch.cat([im[where] for im in self.images.values()]), rows=list(self.images), cols=[self.asked[i].prompt for i in where], title=title, marks=marks)
-            figures.append(self.run.save_figure(fig, f"grid-{group}"))
-        return figures
+        titles = {"target": f"Target: {self.targets}", "linked": "Linked phrases, never trained on", "retained": "Retained concepts", "other": "Everything else"}
+        figures = [(g, self.evaluation.grid(g, n, title)) for g, title in titles.items()]
+        return [self.run.save_figure(f, f"grid-{g}") for g, f in figures if f is not None]
 
     def finish(self) -> dict:
         "Write model, report and page; returns the verdict with its numbers."
         out = verdict(self.table, self.targets) if hasattr(self, "table") else {"verdict": "No ground-truth judge lies beside this model: look at the grids."}
         out |= {"concept": self.p["concept"], "method": self.method_name, "alerts": alerts(self.run.trace()), "seconds_training": float(self.run.trace().seconds.sum()), "run": str(self.run.folder)}
         card = f"# {self.p['base_model']} without {self.targets}\n\n{out['verdict']}\n\nMethod: {self.method.name}. Parameters: `config.json` of the run.\n" \
-               f"`changed.safetensors` holds the {len(self.method.params)} changed tensors alone.\n"
+               f"`changed.safetensors` holds the changed tensors alone.\n"
         self.run.save_model(self.model, self.method.moved.weights(), card)
         own = self.model.folder / "vocabulary.json" if self.model.folder else None
         if own and own.exists(): (self.run.folder / "model" / "vocabulary.json").write_text(own.read_text())
@@ -178,7 +220,7 @@ class Experiment:
         picture = lambda name, alt: f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode((self.run.folder / "images" / (name + ".png")).read_bytes()).decode()}">'
         names = [("rates", "Recognition rates with 95 % intervals"), ("grid-target", "Target, before and after"), ("grid-linked", "Linked phrases, before and after"), ("grid-retained", "Retained concepts, before and after"),
                  ("grid-other", "Everything else, before and after"), ("choice", "Why this anchor and these retained concepts"), ("training-prompts", "What the original paints for the training prompts"),
-                 ("discriminator", "Discriminator loss and accuracy"), ("logits", "Discriminator logits"), ("angles", "Angles between the two gradients"), ("losses", "Losses and gradient norms")]
+                 ("discriminator", "Discriminator loss and accuracy"), ("logits", "Discriminator logits"), ("angles", "Angles between the two gradients"), ("losses", "Losses and gradient norms"), *((f.stem, f.stem.removeprefix("method-")) for f in sorted((self.run.folder / "images").glob("method-*.png")))]
         body = "".join(f"<figure>{picture(n, alt)}<figcaption>{alt}</figcaption></figure>" for n, alt in names if (self.run.folder / "images" / f"{n}.png").exists())
         table = self.table.assign(**{k: (100 * self.table[k]).round(1) for k in ("rate", "low", "high")}).rename(columns={"rate": "rate %", "low": "95 % from", "high": "to"}).to_html(index=False, border=0) if hasattr(self, "table") else ""
         return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(self.targets)} unlearned</title>

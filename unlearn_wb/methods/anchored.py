@@ -4,16 +4,17 @@
 
 # %% ../../nbs/methods/anchored.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from ..concepts import Cache, Erasure, bank, check_prompts
-from ..diffusion import Denoiser, add_noise, embed_each, sample, seeded
-from ..scopes import Moved, choose
-from ..surgery import Combiner
+from ..diffusion import Denoiser, add_noise, denoise, embed_each, sample, seeded
+from ..scopes import ADAPTED, SCOPES, Adapters, Moved, choose
+from ..surgery import RULES, Combiner
 
 # %% auto #0
-__all__ = ['MethodConfig', 'paint_bank', 'text_states', 'PromptedLatents', 'Noised', 'Anchored']
+__all__ = ['IMAGES', 'KEEPS', 'ANCHORS', 'MethodConfig', 'paint_bank', 'text_states', 'PromptedLatents', 'Noised', 'Anchored',
+           'try_out']
 
 # %% ../../nbs/methods/anchored.ipynb #c005
 @dataclass(frozen=True)
@@ -28,8 +29,14 @@ class MethodConfig:
     combiner: str = "surgery"  # sum, surgery, restricted, official, or a torchjd aggregator
     weight: float = 1.  # retain weight w of `sum` and `restricted`
     granularity: str = "global"  # global or tensor
-    scope: str = "xattn-kv"  # xattn, xattn-kv, noxattn, full
-    images: str = "anchor"  # latents that are noised: of the anchor's images, or half of them of the target's (both)
+    scope: str = "xattn-kv"  # xattn, xattn-kv, noxattn, full; adapter, adapter-kv, eraser
+    rank: int = 1  # of the adapters
+    anchors: str = "prompt"  # what the target is pulled to: the anchor's prompts (prompt), the empty prompt (nothing), or an adversarial perturbation of the target (adversarial)
+    anchor_loss: str = "adv1"  # of adversarial anchors: adv1 or adv2
+    anchor_lr: float = 1e-4  # of the perturbation
+    anchor_steps: int = 30  # S: most updates of the perturbation before a step
+    images: str = "anchor"  # x_t: noised images of the anchor, the target, half of each (both), or taken from guided sampling of the target prompt (sampled)
+    keep: str = "images"  # retaining loss: images (diffusion loss, Eq. 9), drift (distance to the original's predictions), empty (the same for the empty prompt), none
     num_images: int = 1000  # images of the anchor, and as many of the retained concepts
     prompts: int = 200  # captions in the bank
     detach_start: bool = False  # no gradient through keys and values of the start token
@@ -39,6 +46,12 @@ class MethodConfig:
     t_max: int = 1000  # largest timestep that is trained (exclusive)
     precision: str = "fp32"  # fp32 or bf16 autocast
     seed: int = 0
+
+IMAGES = {"anchor": "DoCo, ConAbl", "target": "noised images of the target", "both": "half and half", "sampled": "ESD, SDD: the moving model's own sampling path, guidance 3"}
+KEEPS = {"images": "DoCo Eq. 9: the diffusion loss on images of the anchor and the retained concepts", "drift": "squared distance to the original's own predictions on the same",
+         "empty": "squared distance to the original's predictions for the empty prompt (AdvAnchor)", "none": "nothing holds the rest"}
+
+ANCHORS = {"prompt": "a word, or a description", "nothing": "the empty prompt", "adversarial": "AdvAnchor: found while training"}
 
 # %% ../../nbs/methods/anchored.ipynb #c007
 def paint_bank(model: Denoiser, prompts: list[str], n: int, seed: int, cache: Cache | None = None, callback=None, **kw):
@@ -66,35 +79,48 @@ class Noised:
     x_t: torch.Tensor; eps: torch.Tensor; t: torch.Tensor; c: torch.Tensor
     other: torch.Tensor | None = None  # text states of the anchor, where c is the target's
     z: torch.Tensor | None = None  # what D saw of the target side
+    which: torch.Tensor | None = None  # number of each prompt in its bank
 
 # %% ../../nbs/methods/anchored.ipynb #c009
 class Anchored:
     "A gradient method on pairs of target and anchor prompts; a subclass says what the pull is."
     name = "anchored"
+    takes_anchor = True  # False: the loss has no anchor to replace
     def __init__(self, model: Denoiser,
                  erasures: list[Erasure],  # one or several, all forgotten at once
                  config: MethodConfig,
                  cache: Cache | None = None,
                  callback=None):  # progress of painting the images: callback(done, in all)
-        choose("images", config.images, {"anchor": 0, "both": 0}), choose("precision", config.precision, {"fp32": 0, "bf16": 0})
+        for what, table in (("images", IMAGES), ("keep", KEEPS), ("anchors", ANCHORS), ("precision", {"fp32": 0, "bf16": 0})): choose(what, getattr(config, what), table)
+        if config.warmup and not hasattr(self, "warm_up"): raise ValueError(f"{self.name} has no discriminator and so no warm-up; leave warmup at 0")
+        if config.anchors != "prompt" and not self.takes_anchor: raise ValueError(f"anchors = {config.anchors}; {self.name} pulls to no anchor: leave it at prompt")
+        if config.scope not in (*SCOPES, *ADAPTED): choose("scope", config.scope, SCOPES | ADAPTED)
         self.combiner = Combiner(config.combiner, config.granularity, config.lam, config.weight)
+        if config.keep == "none" and config.combiner not in RULES: raise ValueError(f"combiner {config.combiner} weighs two gradients, and keep = none gives one; choose another keep, or combiner sum")
         self.model, self.config, self.erasures = model, config, erasures
         for k in ("lr", "lr_schedule", "weight_decay", "clip", "warmup", "iterations", "seed"): setattr(self, k, getattr(config, k))
-        self.moved = Moved(model.unet, config.scope)
+        self.moved = self.moving()
         self.params = self.moved.params
-        self.banks = [bank(e, -(-config.prompts // len(erasures)), config.seed) for e in erasures]
+        self.banks = self.make_banks()
         target, anchor, retain = ([p for b in self.banks for p in getattr(b, side)] for side in ("target", "anchor", "retain"))
         self.cut = sum(check_prompts(model, b.target, e.target) for b, e in zip(self.banks, erasures))
-        n, paint = config.num_images, dict(cache=cache, callback=callback, precision=config.precision)
-        self.data = PromptedLatents(model, anchor, n, config.seed, **paint)
-        self.target_states = text_states(model, target, cache)
-        self.retained = PromptedLatents(model, retain, n, config.seed + 1, **paint) if retain else None
-        self.target_data = PromptedLatents(model, target, n, config.seed + 2, **paint) if config.images == "both" else None
+        n, paint, wanted = config.num_images, dict(cache=cache, callback=callback, precision=config.precision), config.images
+        self.target_states, self.null = text_states(model, target, cache), text_states(model, [""], cache)
+        self.data = PromptedLatents(model, anchor, n, config.seed, **paint) if wanted in ("anchor", "both") or config.keep in ("images", "drift") else None
+        self.retained = PromptedLatents(model, retain, n, config.seed + 1, **paint) if retain and config.keep in ("images", "drift") else None
+        self.target_data = PromptedLatents(model, target, n, config.seed + 2, **paint) if wanted in ("both", "target") else None
+        self.anchor_states = self.null.expand(len(anchor), -1, -1) if config.anchors == "nothing" else self.data.states if self.data else text_states(model, anchor, cache)
+        self.adversary = None
+        if config.anchors == "adversarial":
+            from unlearn_wb.methods.advanchor import Adversary
+            self.adversary = Adversary(self)
         if config.detach_start:
             cut = lambda module, args, out: torch.cat([out[:, :1].detach(), out[:, 1:]], 1)
             for name, module in model.unet.named_modules():
                 if name.endswith(("attn2.to_k", "attn2.to_v")): module.register_forward_hook(cut)
 
+    def moving(self): return Adapters(self.model.unet, self.config.scope, self.config.rank, self.config.seed) if self.config.scope in ADAPTED else Moved(self.model.unet, self.config.scope)
+    def make_banks(self) -> list: return [bank(e, -(-self.config.prompts // len(self.erasures)), self.config.seed) for e in self.erasures]
     def autocast(self): return self.model.autocast(self.config.precision)
 
     def draw(self, data: PromptedLatents, step: int, name: str, n: int, states=None, other=None) -> Noised:
@@ -104,31 +130,70 @@ class Anchored:
         t = torch.randint(self.config.t_min, self.config.t_max, (n,), generator=g).to(dev)
         eps = torch.randn(n, *self.model.latent_shape, generator=g).to(dev)
         p = data.which[i]
-        return Noised(add_noise(data.latents[i], eps, self.model.abar[t]), eps, t, (data.states if states is None else states)[p], None if other is None else other[p])
+        return Noised(add_noise(data.latents[i], eps, self.model.abar[t]), eps, t, (data.states if states is None else states)[p], None if other is None else other[p], which=p)
+
+    def walk(self, step: int, n: int, steps: int = 15, guidance: float = 3.) -> Noised:
+        "x_t from the moving model's own guided sampling of target prompts, left at one random timestep; depends on (seed, step) and the weights."
+        g = seeded(self.seed, step, "walk")
+        p, k = torch.randint(len(self.target_states), (n,), generator=g), int(torch.randint(steps, (), generator=g))
+        x = torch.randn(n, *self.model.latent_shape, generator=g).to(self.model.device)
+        for i, (t, x_t, _) in enumerate(denoise(self.model, x, self.target_states[p], self.null, steps, guidance, self.config.precision)):
+            if i == k: return Noised(x_t, torch.zeros_like(x_t), t.expand(n), self.target_states[p], self.anchor_states[p], which=p)
 
     def batch(self, step: int):
         "The target side's batch and the retained one."
-        b = self.config.batch_size
-        pairs = self.draw(self.data, step, "pairs", b, self.target_states, self.data.states)
-        if self.target_data is not None:  # half of the noised images are the target's own
-            mine, h = self.draw(self.target_data, step, "target images", b, None, self.data.states), b // 2
+        b, wanted = self.config.batch_size, self.config.images
+        if wanted == "sampled": pairs = self.walk(step, b)
+        elif wanted == "target": pairs = self.draw(self.target_data, step, "pairs", b, None, self.anchor_states)
+        else: pairs = self.draw(self.data, step, "pairs", b, self.target_states, self.anchor_states)
+        if wanted == "both":  # half of the noised images are the target's own
+            mine, h = self.draw(self.target_data, step, "target images", b, None, self.anchor_states), b // 2
             join = lambda k: torch.cat([getattr(pairs, k)[h:], getattr(mine, k)[:h]])
-            pairs = Noised(*(join(k) for k in ("x_t", "eps", "t", "c", "other")))
+            pairs = Noised(*(join(k) for k in ("x_t", "eps", "t", "c", "other")), which=join("which"))
+        if self.config.keep in ("empty", "none"): return pairs, None
         if self.retained is None: return pairs, self.draw(self.data, step, "retain", b)
         a, r = self.draw(self.data, step, "retain anchor", b - (b * 3) // 4), self.draw(self.retained, step, "retain", (b * 3) // 4)
         return pairs, Noised(*(torch.cat([getattr(a, k), getattr(r, k)]) for k in ("x_t", "eps", "t", "c")))
 
-    def retaining_loss(self, batch) -> torch.Tensor:
-        "Eq. 9 on the anchor's images and those of the retained concepts."
-        _, r = batch
-        with self.autocast(): return F.mse_loss(self.model.eps(r.x_t, r.t, r.c), r.eps)
+    def retaining_loss(self, batch) -> torch.Tensor | None:
+        "What holds the rest: see `KEEPS`."
+        (b, r), keep = batch, self.config.keep
+        if keep == "none": return None
+        if keep == "images": return F.mse_loss(self.eps(r), r.eps)
+        b, c = (b, self.null.expand(len(b.t), -1, -1)) if keep == "empty" else (r, r.c)
+        return F.mse_loss(self.eps(b, c), self.eps(b, c, original=True))
 
-    def eps(self, b: Noised, original: bool = False) -> torch.Tensor:
-        "Predicted noise under the batch's own text, or the frozen original's under the anchor's."
+    def eps(self, b: Noised, c: torch.Tensor | None = None, original: bool = False) -> torch.Tensor:
+        "Predicted noise under text states c (the batch's own by default), of the moving model or the frozen original."
+        c = b.c if c is None else c
         with self.autocast():
-            if not original: return self.model.eps(b.x_t, b.t, b.c)
-            with self.moved.original(): return self.model.eps(b.x_t, b.t, b.other)
+            if not original: return self.model.eps(b.x_t, b.t, c)
+            with self.moved.original(): return self.model.eps(b.x_t, b.t, c)
 
+    def before(self, batch) -> dict:
+        "An adversarial anchor's turn, where there is one."
+        return self.adversary.turn(batch[0]) if self.adversary else {}
+
+    def nothing(self, b: Noised) -> torch.Tensor: return self.null.expand(len(b.t), -1, -1)
     def after(self, batch) -> dict: return {}
-    def state(self) -> dict[str, torch.Tensor]: return {}
-    def load_state(self, saved: dict[str, torch.Tensor]): pass
+    def state(self) -> dict[str, torch.Tensor]: return self.adversary.state() if self.adversary else {}
+    def load_state(self, saved: dict[str, torch.Tensor]):
+        if self.adversary: self.adversary.load_state(saved)
+
+# %% ../../nbs/methods/anchored.ipynb #c011
+def try_out(make, config, concept: str = "van gogh", steps: int = 60):
+    "Train a method for a few steps on the sandbox. Returns the method, its trace (a DataFrame) and a before/after figure."
+    import pandas as pd
+    from unlearn_wb.diffusion import default_precision
+    from unlearn_wb.loop import unlearn
+    from unlearn_wb.plots import show_images
+    model = Denoiser.load("sandbox")
+    e = Erasure.find(model, concept)
+    fast = dict(precision=default_precision())
+    method = make(model, [e], replace(config, iterations=steps, num_images=32, **fast))
+    trace = pd.DataFrame([step.row() for step in unlearn(method)])
+    things = ("a cat", "a house", "a boat", "a tree")
+    asked = [f"a painting of {x} in the style of {s}" for s in (concept, e.retained[0]) for x in things] if e.kind == "style" else [f"a photo of {x}{tail}" for x in (concept, e.retained[0]) for tail in ("", " in the snow", " in the desert", " at sunset")]
+    after = sample(model, asked, range(8), **fast)
+    with method.moved.original(): before = sample(model, asked, range(8), **fast)
+    return method, trace, show_images(torch.cat([before, after]), rows=["original", f"{steps} steps"], cols=asked, title=method.name)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/methods/conabl.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
@@ -38,11 +38,10 @@ class ConAbl(Anchored):
         b, _ = batch
         if self.config.loss == "noise": goal = b.eps
         else:
-            with torch.no_grad(): goal = self.eps(replace(b, c=b.other))
+            with torch.no_grad(): goal = self.eps(b, b.other)
         return F.mse_loss(self.eps(b), goal)
 
-    def warm_up(self, batch) -> dict: raise ValueError("ConAbl has no discriminator and so no warm-up; leave warmup at 0")
-
-def defaults(model: Denoiser, erasure: Erasure) -> ConAblConfig:
+def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> ConAblConfig:
     "The configuration for a kind of base model."
-    return ConAblConfig(lr=1e-3, iterations=400, num_images=96, weight=3.) if erasure.vocabulary.closed else ConAblConfig()
+    choose("preset", preset, {"default": 0, "paper": 0})
+    return ConAblConfig(lr=1e-3, iterations=400, num_images=96, weight=3.) if erasure.vocabulary.closed and preset == "default" else ConAblConfig()

@@ -70,7 +70,7 @@ class DoCo(Anchored):
     @torch.no_grad()
     def anchor_view(self, b: Noised) -> torch.Tensor:
         "z of the anchor side."
-        return self.see(b, self.eps(b, original=True) if self.config.anchor_side == "frozen" else self.eps(replace(b, c=b.other)))
+        return self.see(b, self.eps(b, b.other, original=True) if self.config.anchor_side == "frozen" else self.eps(b, b.other))
 
     def after(self, batch) -> dict:
         "D's turn, on what it was just shown and the anchor's counterpart."
@@ -93,20 +93,21 @@ class DoCo(Anchored):
         "D's logits on fresh noise: `anchor` and `target` (n,), averaged over patches, with the timestep `t` of each."
         out = {"anchor": [], "target": [], "t": []}
         for k in range(0, n, 32):
-            b = self.draw(self.data, -1 - k, "examine", min(32, n - k), self.target_states, self.data.states)
+            b = self.draw(self.data or self.target_data, -1 - k, "examine", min(32, n - k), self.target_states, self.anchor_states)
             z = self.see(b, self.eps(b))
             for name, v in (("anchor", self.D(self.anchor_view(b)).mean((1, 2, 3))), ("target", self.D(z).mean((1, 2, 3))), ("t", b.t)): out[name].append(v.cpu())
         return {k: torch.cat(v) for k, v in out.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
         "D with its buffers, and its optimiser."
-        out = {"D." + k: v for k, v in self.D.state_dict().items()}
+        out = super().state() | {"D." + k: v for k, v in self.D.state_dict().items()}
         for i, p in enumerate(self.D.parameters()):
             for name, v in self.d_optimizer.state.get(p, {}).items(): out[f"adam.{name}.{i}"] = v
         return out
 
     def load_state(self, saved: dict[str, torch.Tensor]):
         "Restore `state()`."
+        super().load_state(saved)
         self.D.load_state_dict({k[2:]: v for k, v in saved.items() if k.startswith("D.")})
         for i, p in enumerate(self.D.parameters()):
             found = {n: saved[f"adam.{n}.{i}"].clone() for n in ("step", "exp_avg", "exp_avg_sq") if f"adam.{n}.{i}" in saved}

@@ -1,0 +1,359 @@
+"""The evaluation: numbers against independent formulas, fixed points, order, interruption, and bad input."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT
+
+from unlearn_wb.assessment import Assessment, Candidate, leaderboard, pareto, ranking
+from unlearn_wb.concepts import Cache, Erasure, Probe
+from unlearn_wb.diffusion import Denoiser
+from unlearn_wb.evaluation import BadPrompts, Evaluation, Gallery, ask, cells, latex_table, markdown_table, measure, paper_table, read_prompts, verdict
+from unlearn_wb.metrics import METRICS, Clip, Missing, Unmeasurable, fid, fid_value, kid_value, mean_value, scorers_for, wilson
+from unlearn_wb.reference import bound, distances, prediction_gap, reference_for
+from unlearn_wb.runs import BadRun
+
+EVALUATE = dict(run="", base_model="", concept="", prompts="", own_prompts=True, eval_images=2, metrics="ACC, CS, CA, AS gap, I", protocol="workbench", clip="", classifier="", features="", distance="",
+                nudity="none", faces="none", show_explicit=False, exact=True, steps=4, guidance=4., device="", precision="fp32", out_dir="")
+
+
+@pytest.fixture(scope="module")
+def model(): return Denoiser.load()
+
+
+@pytest.fixture(scope="module")
+def scorers(model): return scorers_for(model)[0]
+
+
+@pytest.fixture(scope="module")
+def erasure(model): return Erasure.find(model, "van gogh", retain=("monet", "picasso"))
+
+
+def test_frechet_distance_is_scipys():
+    g = np.random.default_rng(0)
+    a, b = g.normal(size=(300, 16)) @ g.normal(size=(16, 16)), g.normal(size=(250, 16)) + .5
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
+    assert fid(torch.tensor(a), torch.tensor(b)) == pytest.approx(want, rel=1e-6)
+
+
+def test_frechet_interval_holds_the_value_of_many_images_and_ignores_order():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4000, 4, generator=g), 1.3 * torch.randn(4000, 4, generator=g) + .4
+    inside = 0
+    exact = 4 * (.16 + .09)
+    for k in range(10):
+        v = fid_value(a[400 * k:400 * k + 400], b[400 * k:400 * k + 400], "lower", "test")
+        inside += v.low <= exact + .05 and v.high >= exact - .05
+    assert inside >= 8
+    order = torch.randperm(400, generator=g)
+    v, w = fid_value(a[:400], b[:400], "lower", "t"), fid_value(a[:400][order], b[:400][order.flip(0)], "lower", "t")
+    assert (w.value, w.low, w.high) == pytest.approx((v.value, v.low, v.high), rel=1e-9)
+
+
+def test_kernel_distance_of_two_halves_of_one_set_is_about_zero():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(400, 8, generator=g)
+    same, far = kid_value(a[:200], a[200:], "lower", "t"), kid_value(a[:200], a[200:] + 1, "lower", "t")
+    assert same.low < 0 < same.high and far.low > same.high
+
+
+def test_wilson_against_the_table():
+    "Newcombe 1998, table I: 81/263, 15/148, 0/20, 1/29."
+    for k, n, low, high in ((81, 263, .2553, .3662), (15, 148, .0624, .1605), (0, 20, 0, .1611), (1, 29, .0061, .1718)):
+        assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_bootstrap_interval_covers():
+    g, hits = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        v = mean_value("x", torch.randn(100, generator=g), "higher", "t", draws=500)
+        hits += v.low <= 0 <= v.high
+    assert 88 <= hits <= 100
+
+
+def test_clip_score_is_transformers_own_logits(model):
+    from transformers import CLIPModel
+    clip, texts = Clip.load(), ["a cat", "a boat at sunset", "van gogh"]
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    full = CLIPModel.from_pretrained(ROOT / "data/sandbox/clip").eval()
+    ids = clip.tokenizer(texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt").input_ids
+    with torch.no_grad(): logits = full(input_ids=ids, pixel_values=images * 2 - 1).logits_per_image / full.logit_scale.exp()
+    assert torch.allclose(clip.images(images) @ clip.texts(texts).T, logits, atol=1e-5)
+
+
+def test_missing_models_say_what_they_need(model, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(Missing, match="download it once, for example openai/clip-vit-base-patch32"): Clip.load("/nowhere/clip")
+    there, missing = scorers_for(model, features="inception", distance="lpips", faces="insightface")
+    assert {"classifier", "clip"} <= set(there) and "torch-fidelity" in missing["features"] and "pip install lpips" in missing["distance"] and "insightface" in missing["faces"]
+    with pytest.raises(ValueError, match="unknown features 'inceptoin'; did you mean 'inception'"): scorers_for(model, features="inceptoin")
+
+
+def gallery(model, folder, **kw): return Gallery(model, Cache(folder), steps=4, precision="fp32", **kw)
+
+
+def test_a_model_is_at_no_distance_from_itself(model, scorers, erasure, tmp_path):
+    asked = [p for p in ask([erasure], 40) if p.group in ("target", "retained")]
+    g = gallery(model, tmp_path)
+    t = Evaluation(asked, {"original": g, "same": g}, scorers, "painting").table(["I", "FID", "AS gap", "ACC"])
+    same = t[t.model == "same"]
+    assert (same[(same.metric == "I") | (same.metric == "AS gap")].value == 0).all()
+    pooled = same[(same.metric == "FID") & (same.concept == "all") & (same.group == "retained")]
+    assert pooled.why.tolist() == ["FID from 80 images says nothing; give at least 100 a side"]
+    f = g.scores(asked, {"features": scorers["features"]}, g)["features"]
+    assert fid(f, f) < 1e-6
+
+
+def test_the_exact_reference_scores_perfect_and_the_original_nothing(model, scorers, erasure, tmp_path):
+    exact = Denoiser.load(unet=reference_for(model, ["van gogh"]))
+    asked = [p for p in ask([erasure], 6) if p.group != "other"]
+    galleries = {"original": gallery(model, tmp_path), "perfect": gallery(exact, tmp_path), "nothing": gallery(Denoiser.load(), tmp_path), "reference (never saw it)": gallery(exact, tmp_path)}
+    ev = Evaluation(asked, galleries, scorers, "painting")
+    d = distances(ev, n=6)
+    d = d[d.value.notna()]
+    assert {"I", "predictions", "surprised by the reference's images", "strange to the reference"} == set(d.distance)
+    assert (d[d.model == "perfect"].value == 0).all() and (d[d.model == "perfect"].way == 1).all()
+    assert (d[d.model == "nothing"].way == 0).all() and (d[(d.model == "original") & (d.group == "target") & (d.distance != "surprised by the reference's images")].value > 0).all()
+    r = ev.rates()
+    assert verdict(r, "van gogh", unlearned="nothing")["forgotten"] == "still there" and "forgotten:" in verdict(r, "van gogh", unlearned="perfect")["verdict"]
+
+
+def test_bound_is_the_sum_of_its_terms(model):
+    "Against the sum written out over all timesteps, for a model that predicts zero noise: the estimate over many draws agrees."
+    class Zero:
+        abar, device = model.abar, model.device
+        def embed(self, prompts): return torch.zeros(len(prompts), 2, 2)
+        def autocast(self, p): return model.autocast(p)
+        def eps(self, x_t, t, c): return torch.zeros_like(x_t)
+    x = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    a = model.abar.double()
+    snr = a / (1 - a)
+    # x0_hat = x_t / sqrt(abar): its error is sqrt((1 - abar)/abar) eps, of mean square 1/snr
+    want = .5 * ((snr[:-1] - snr[1:]) / snr[1:]).sum().item()
+    assert bound(Zero(), x, ["x"] * 64, draws=64).mean().item() == pytest.approx(want, rel=.05)
+
+
+def test_prediction_gap_is_the_mean_absolute_difference(model):
+    class Shifted:
+        abar, device = model.abar, model.device
+        embed = staticmethod(model.embed)
+        autocast = staticmethod(model.autocast)
+        def eps(self, x_t, t, c): return model.eps(x_t, t, c) + .25 * torch.tensor([1., -1.]).repeat(2)[:, None, None]
+    z = torch.randn(3, 4, 16, 16)
+    assert torch.allclose(prediction_gap(model, Shifted(), z, ["a cat"] * 3), torch.full((3,), .25), atol=1e-5)
+
+
+def test_shuffled_prompts_change_nothing(model, scorers, erasure, tmp_path):
+    asked = [p for p in ask([erasure], 5) if p.group in ("target", "retained")]
+    order = np.random.default_rng(0).permutation(len(asked))
+    long = [Evaluation(a, {"original": gallery(model, tmp_path)}, scorers, "painting").table(["ACC", "CS", "CA", "AS"]).set_index(["group", "concept", "metric"]).sort_index() for a in (asked, [asked[i] for i in order])]
+    for k in ("value", "low", "high"): assert np.allclose(long[0][k].astype(float), long[1][k].astype(float), atol=2e-3)
+
+
+def test_painting_goes_on_where_it_was_and_paints_nothing_twice(model, scorers, tmp_path, monkeypatch):
+    import unlearn_wb.evaluation as e
+    asked = [Probe("target", "van gogh", f"a painting of a {x} in the style of van gogh", k) for k, x in enumerate(("cat", "dog", "boat", "house"))]
+    painted = []
+    real = e.sample
+    def counting(model, prompts, *a, **kw):
+        if len(painted) == 1 and not resumed: raise KeyboardInterrupt
+        painted.append(list(prompts))
+        return real(model, prompts, *a, **kw)
+    monkeypatch.setattr(e, "sample", counting)
+    resumed = False
+    g = gallery(model, tmp_path, chunk=2)
+    with pytest.raises(KeyboardInterrupt): g.scores(asked, scorers, g)
+    resumed = True
+    rows = g.scores(asked, scorers, g)
+    assert painted == [[p.prompt for p in asked[:2]], [p.prompt for p in asked[2:]]]
+    again = g.scores(asked, scorers, g)
+    assert len(painted) == 2 and all(torch.equal(rows[k], again[k]) for k in rows)
+    fresh = gallery(model, tmp_path / "other", chunk=2)
+    assert all(torch.allclose(rows[k], v, atol=1e-3) for k, v in fresh.scores(asked, scorers, fresh).items())
+
+
+def test_images_with_nan_are_named_and_the_other_metrics_reported(model, scorers, tmp_path, monkeypatch):
+    import unlearn_wb.evaluation as e
+    real = e.sample
+    def broken(*a, **kw):
+        x = real(*a, **kw)
+        x[1] = float("nan")
+        return x
+    asked = [Probe("target", "van gogh", f"a {x} by van gogh", k) for k, x in enumerate(("cat", "dog", "boat"))] + [Probe("retained", "monet", f"a {x} by monet", k) for k, x in enumerate(("cat", "dog"))]
+    g, bad = gallery(model, tmp_path), gallery(model, tmp_path, key="broken")
+    g.images(asked)
+    monkeypatch.setattr(e, "sample", broken)
+    ev = Evaluation(asked, {"original": g, "unlearned": bad}, scorers, "painting")
+    t = ev.table(["ACC", "CS", "I"])
+    t = t[t.model == "unlearned"].set_index(["group", "metric"])
+    assert all("1 of 3 images hold NaN" in w for w in t.loc["target"].why) and (t.loc["retained"].why == "").all() and t.loc["retained"].value.notna().all()
+    assert ev.judged().query("model == 'unlearned'").hit.isna().sum() == 1
+    ev.grid("target", 3)
+
+
+def test_memory_does_not_grow_with_the_prompts(model, scorers, tmp_path, monkeypatch):
+    "Never more than one part's images of each gallery are alive."
+    import unlearn_wb.evaluation as e
+    monkeypatch.setattr(e, "sample", lambda model, prompts, *a, **kw: torch.rand(len(prompts), 3, 64, 64))
+    asked = [Probe("given", "", f"prompt {k}", k) for k in range(3000)]
+    g = Gallery(model, Cache(tmp_path), chunk=96)
+    alive, most = [], [0]
+    real = Gallery.images
+    def images(self, part, callback=None):
+        out = real(self, part, callback)
+        import weakref
+        alive.append(weakref.ref(out))
+        most[0] = max(most[0], sum(r() is not None for r in alive))
+        return out
+    monkeypatch.setattr(Gallery, "images", images)
+    rows = g.scores(asked, {"clip": scorers["clip"]}, g)
+    assert rows["clip"].shape == (3000, 64) and most[0] <= 2
+
+
+@pytest.mark.parametrize("content,sentence", [
+    (b"text\nx\n", "has no column named prompt; its columns are text"), (b"", "has no column named prompt; its columns are none"), (b"prompt\n\n\n", "holds no prompt"), ("prompt\ncaf\xe9\n".encode("latin-1"), "is not UTF-8 (byte 0xe9")])
+def test_bad_prompt_files(content, sentence, tmp_path):
+    (tmp_path / "p.csv").write_bytes(content)
+    with pytest.raises(BadPrompts) as e: read_prompts(tmp_path / "p.csv", lambda s: None)
+    assert sentence in str(e.value)
+    with pytest.raises(BadPrompts, match="does not exist"): read_prompts(tmp_path / "q.csv")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A tiny finished run: two steps of ConAbl."
+    from conftest import parameters
+    from unlearn_wb.workbench import COMMON, Experiment
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    p = {k: v for k, v in parameters(run_dir=str(folder), concept="Van Gogh").items() if k in COMMON}
+    e = Experiment(p, "conabl")
+    e.train(), e.show_game(), e.examine(), e.show_grids(), e.finish()
+    return folder
+
+
+def test_evaluates_runs_directories_and_changed_weights_alike(run, tmp_path):
+    shutil.copytree(run, tmp_path / "twin")
+    spec = f"{tmp_path / 'twin'}, {run / 'model'}, {run / 'model/changed.safetensors'}"
+    a = Assessment({**EVALUATE, "run": spec, "out_dir": str(tmp_path / "out"), "exact": False})
+    t = a.measure()
+    by = [t[t.model == m].drop(columns="model").reset_index(drop=True) for m in ("twin", "model", "changed")]
+    pd.testing.assert_frame_equal(by[0], by[1])
+    pd.testing.assert_frame_equal(by[0], by[2])
+    wide = a.paper_table()
+    assert list(wide.index) == ["original", "twin", "model", "changed"] and ("target", "van gogh", "ACC ↓") in wide.columns and ("retained", "monet", "ACC ↑") in wide.columns
+    assert (tmp_path / "out/table.tex").read_text().count(r"\\") == 6 and "**" in (tmp_path / "out/table.md").read_text()
+    a.show_grids(4)
+    assert "van gogh" in a.finish() and json.loads((tmp_path / "out/evaluation.json").read_text())["asked"] == len(a.evaluation.asked)
+    rows = pd.read_csv(tmp_path / "out/prompts.csv")
+    assert len(rows) == 4 * len(a.evaluation.asked) and {"model", "group", "prompt", "seed", "hit", "clip score", "distance to original"} <= set(rows) and len(pd.read_parquet(tmp_path / "out/prompts.parquet")) == len(rows)
+    assert set(t.by) - {""} == {"judge of the sandbox", "CLIP of the sandbox", "perceptual distance (sandbox judge)"} and (t[t.why == ""][["low", "high", "n", "better"]].notna()).all().all()
+
+
+def test_a_csv_of_prompts_with_its_seeds(run, tmp_path):
+    (tmp_path / "p.csv").write_text("case_number,prompt,evaluation_seed\n0,a photo of a cat,77\n1," + "very " * 10000 + "big cat,3\n2,,1\n")
+    a = Assessment({**EVALUATE, "run": str(run), "prompts": str(tmp_path / "p.csv"), "own_prompts": False, "out_dir": str(tmp_path / "out"), "exact": False, "metrics": "CS, AS gap, I, CA, FID"})
+    assert [(p.prompt[:16], p.seed) for p in a.evaluation.asked] == [("a photo of a cat", 77), ("very very very v", 3)]
+    assert any("1 of 2 prompts are longer than the 32 tokens" in n for n in a.notes) and any("1 of 3 rows have an empty prompt" in n for n in a.notes)
+    t = a.measure().set_index(["model", "metric"])
+    assert t.loc[("short", "I"), "value"] > 0 and "names none" in t.loc[("short", "CA"), "why"] and "at least 100" in t.loc[("short", "FID"), "why"]
+    a.show_rates(), a.show_grids(2), a.finish()
+
+
+def test_what_cannot_be_evaluated_is_said_in_a_sentence(run, tmp_path, model):
+    for spec, sentence in ((str(tmp_path / "no"), "is neither a run folder"), ("", "run is empty")):
+        with pytest.raises(BadRun, match=sentence): Assessment({**EVALUATE, "run": spec})
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("model"))
+    with pytest.raises(BadRun, match="is not finished"): Assessment({**EVALUATE, "run": str(unfinished)})
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"base_model_hash": "0123456789abcdef"}))
+    with pytest.raises(BadRun, match="made from another base model .*0123456789abcdef"): Assessment({**EVALUATE, "run": f"{run}, {other}", "out_dir": str(tmp_path / "o")})
+    (other / "config.json").write_text(json.dumps(config | {"erasures": [config["erasures"][0] | {"target": "monet"}]}))
+    with pytest.raises(BadRun, match="forgot something else"): Assessment({**EVALUATE, "run": f"{run}, {other}", "out_dir": str(tmp_path / "o")})
+    with pytest.raises(ValueError, match="unknown metric 'FDI'; did you mean 'FID'"): Assessment({**EVALUATE, "run": str(run), "metrics": "ACC, FDI"})
+    with pytest.raises(ValueError, match="unknown protocol 'smp'; did you mean 'spm'"): Assessment({**EVALUATE, "run": str(run), "protocol": "smp", "out_dir": str(tmp_path / "o")})
+
+
+def test_the_papers_protocol_asks_clip_for_the_bare_name_against_nothing(model, scorers, erasure, tmp_path):
+    asked = [p for p in ask([erasure], 4) if p.group == "target"]
+    g = gallery(model, tmp_path)
+    values = {p: Evaluation(asked, {"original": g}, scorers, "painting", p).table(["CS", "CA"]).set_index("metric").value for p in ("spm", "workbench", "prompt")}
+    rows, clip = g.scores(asked, {"clip": scorers["clip"]}, g)["clip"], scorers["clip"]
+    name, nothing = clip.texts(["van gogh", ""])
+    assert values["spm"].CS == pytest.approx(float(250 * (rows @ name).mean()), rel=1e-5) and values["workbench"].CS == pytest.approx(values["spm"].CS / 2.5, rel=1e-6)
+    assert values["spm"].CA == pytest.approx(100 * float((rows @ name > rows @ nothing).float().mean()))
+    assert values["prompt"].CS == pytest.approx(float(100 * (rows * clip.texts([p.prompt for p in asked])).sum(1).mean()), rel=1e-5)
+
+
+def test_evaluation_killed_and_resumed_gives_the_same_numbers(run, tmp_path):
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/evaluate.ipynb"), "out.ipynb", "--no-progress-bar"]
+    flags = [x for k, v in dict(run=str(run), eval_images=4, steps=4, precision="fp32", metrics="ACC, CS, I").items() for x in ("-p", k, str(v))]
+    p = subprocess.Popen([*command, *flags, "-p", "out_dir", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    until = time.time() + 120
+    while time.time() < until and not list((tmp_path / "killed").glob("cache/*.safetensors")): time.sleep(.05)
+    os.killpg(p.pid, signal.SIGKILL)
+    assert not (tmp_path / "killed/evaluation.json").exists()
+    kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "killed/cache").glob("*.safetensors")}
+    for out in ("killed", "whole"):
+        done = subprocess.run([*command, *flags, "-p", "out_dir", out], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert kept and all((tmp_path / "killed/cache" / k).stat().st_mtime_ns == v for k, v in kept.items())
+    a, b = (pd.read_parquet(tmp_path / o / "metrics.parquet") for o in ("killed", "whole"))
+    pd.testing.assert_frame_equal(a, b)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["killed", "out.ipynb", "whole"]
+
+
+def test_comparison_ranks_runs_and_marks_the_front(run, tmp_path):
+    for k, (target, retained) in enumerate(((0, .5), (1, 1.), (0, 1.))):
+        f = tmp_path / f"r{k}"
+        f.mkdir()
+        config = json.loads((run / "config.json").read_text())
+        (f / "config.json").write_text(json.dumps(config | {"method": f"m{k}"})), (f / "report.json").write_text(json.dumps({"seconds_training": 60. * (k + 1)}))
+        pd.DataFrame([dict(model="unlearned", group=g, concept=c, hit=bool(i < 10 * share)) for g, c, share in (("target", "x", target), ("retained", "y", retained)) for i in range(10)]).to_parquet(f / "examination.parquet")
+    (tmp_path / "empty").mkdir()
+    said = []
+    t = leaderboard([tmp_path / f"r{k}" for k in range(3)] + [tmp_path / "empty"], said.append)
+    assert len(said) == 1 and "empty is left out" in said[0]
+    assert t.set_index("run").front.to_dict() == {"r0": False, "r1": False, "r2": True} and ranking(t).index[0] == "r2"
+    p = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs/compare.ipynb"), "out.ipynb", "--no-progress-bar", "-p", "runs", str(tmp_path / "r*"), "-p", "out_dir", "board"], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert {f.name for f in (tmp_path / "board").iterdir()} == {"leaderboard.csv", "leaderboard.md", "leaderboard.tex"}
+    text = (tmp_path / "out.ipynb").read_text()
+    assert "application/vnd.plotly" in text and "image/png" in text and r"\\toprule" in text
+
+
+def test_nude_pictures_are_blurred_in_grids_and_counted(model, scorers, tmp_path):
+    from unlearn_wb.metrics import NudeNet
+    class Finds:
+        def detect(self, image): return [{"class": "BUTTOCKS_EXPOSED", "score": .9}]
+    asked = [Probe("given", "", "a cat", 1), Probe("given", "", "a dog", 2)]
+    g = gallery(model, tmp_path)
+    ev = Evaluation(asked, {"original": g}, {"nudity": NudeNet(detector=Finds())})
+    shown = {}
+    for blurs in (True, False):
+        ev.blurs = blurs
+        shown[blurs] = ev.grid("given", 2).axes[0].images[0].get_array()
+    plain = g.pick(asked, [0])[0].permute(1, 2, 0).numpy()
+    sharp = lambda x: np.abs(np.diff(x, axis=0)).mean()
+    assert np.allclose(shown[False], plain) and sharp(shown[True]) < .5 * sharp(plain)
+    assert ev.table(["nude"]).value.tolist() == [100.]
+
+
+def test_nudenet_runs_offline():
+    pytest.importorskip("nudenet")
+    from unlearn_wb.metrics import NudeNet
+    rows = NudeNet()(torch.rand(2, 3, 64, 64))
+    assert rows.shape == (2, 9) and rows.sum() == 0
