@@ -136,12 +136,12 @@ def test_bound_is_the_sum_of_its_terms(model):
         def embed(self, prompts): return torch.zeros(len(prompts), 2, 2)
         def autocast(self, p): return model.autocast(p)
         def eps(self, x_t, t, c): return torch.zeros_like(x_t)
-    x = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(512, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     a = model.abar.double()
     snr = a / (1 - a)
     # x0_hat = x_t / sqrt(abar): its error is sqrt((1 - abar)/abar) eps, of mean square 1/snr
     want = .5 * ((snr[:-1] - snr[1:]) / snr[1:]).sum().item()
-    assert bound(Zero(), x, ["x"] * 64, draws=64).mean().item() == pytest.approx(want, rel=.05)
+    assert bound(Zero(), x, ["x"] * 512, draws=64).mean().item() == pytest.approx(want, rel=.05)
 
 
 def test_prediction_gap_is_the_mean_absolute_difference(model):
@@ -266,7 +266,7 @@ def test_a_csv_of_prompts_with_its_seeds(run, tmp_path):
     assert [(p.prompt[:16], p.seed) for p in a.evaluation.asked] == [("a photo of a cat", 77), ("very very very v", 3)]
     assert any("1 of 2 prompts are longer than the 32 tokens" in n for n in a.notes) and any("1 of 3 rows have an empty prompt" in n for n in a.notes)
     t = a.measure().set_index(["model", "metric"])
-    assert t.loc[("short", "I"), "value"] > 0 and "names none" in t.loc[("short", "CA"), "why"] and "at least 100" in t.loc[("short", "FID"), "why"]
+    assert t.loc[("short", "I"), "value"] > 0 and "name none" in t.loc[("short", "CA"), "why"] and "at least 100" in t.loc[("short", "FID"), "why"]
     a.show_rates(), a.show_grids(2), a.finish()
 
 
@@ -300,7 +300,7 @@ def test_the_papers_protocol_asks_clip_for_the_bare_name_against_nothing(model, 
 
 def test_evaluation_killed_and_resumed_gives_the_same_numbers(run, tmp_path):
     command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/evaluate.ipynb"), "out.ipynb", "--no-progress-bar"]
-    flags = [x for k, v in dict(run=str(run), eval_images=4, steps=4, precision="fp32", metrics="ACC, CS, I").items() for x in ("-p", k, str(v))]
+    flags = [x for k, v in dict(run=str(run), eval_images=4, steps=4, precision="fp32", metrics="ACC, CS, I", exact=False).items() for x in ("-p", k, str(v))]
     p = subprocess.Popen([*command, *flags, "-p", "out_dir", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.time() + 120
     while time.time() < until and not list((tmp_path / "killed").glob("cache/*.safetensors")): time.sleep(.05)

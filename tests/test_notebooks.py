@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-RUNNABLE = ["train_doco", "pretrain_sandbox", "bench_train", "reproduce_linked"]
+TRAINING = ["train_doco", "train_baseline", "train_advanchor", "train_rgd", "train_integrity"]
+RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "reproduce_linked", "reproduce_sandbox", "evaluate", "compare"]
 
 
 def tool(name): return str(shutil.which(name, path=str(ROOT / ".venv/bin")) or shutil.which(name))
@@ -47,6 +48,22 @@ def test_train_doco_documents_exactly_what_the_library_reads():
     from papermill import inspect_notebook
     from unlearn_wb.workbench import PARAMETERS
     assert list(inspect_notebook(str(ROOT / "nbs/train_doco.ipynb"))) and set(inspect_notebook(str(ROOT / "nbs/train_doco.ipynb"))) == set(PARAMETERS)
+
+
+def test_training_notebooks_share_one_path():
+    "The same calls in the same order: what differs is which method, and words."
+    def calls(name):
+        cells = [c for c in json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+        return ["".join(c["source"]) for c in cells[3:]]
+    assert all(calls(n) == calls("train_doco") for n in TRAINING)
+    assert all(sum(map(len, calls(n))) < 400 for n in TRAINING), "logic belongs to the library"
+
+
+@pytest.mark.parametrize("name", TRAINING[1:])
+def test_training_notebooks_document_what_the_library_reads(name):
+    from papermill import inspect_notebook
+    from unlearn_wb.workbench import COMMON
+    assert set(inspect_notebook(str(ROOT / f"nbs/{name}.ipynb"))) == {"method", *COMMON}
 
 
 def test_readme_is_the_index(tmp_path):

@@ -66,7 +66,7 @@ class Assessment:
         device = p["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         whats = [w.strip() for w in p["run"].split(",") if w.strip()]
         if not whats: raise BadRun("run is empty; name a run folder, such as runs/demo")
-        config = next((json.loads((Path(w) / "config.json").readnumber()) for w in whats if (Path(w) / "config.json").exists() and not (Path(w) / "model_index.json").exists()), None)
+        config = next((json.loads((Path(w) / "config.json").read_text()) for w in whats if (Path(w) / "config.json").exists() and not (Path(w) / "model_index.json").exists()), None)
         base = Denoiser.load(p["base_model"] or (config or {}).get("base_model") or "sandbox", device=device)
         base.base_hash  # before anything else
         self.candidates = [Candidate.open(w, base, device) for w in whats]
@@ -117,7 +117,7 @@ class Assessment:
 
     def paper_table(self, metrics: list[str] | None = None):
         wide = paper_table(self.long, metrics)
-        (self.out / "table.md").writenumber(markdown_table(wide) + "\n"), (self.out / "table.tex").writenumber(latex_table(wide) + "\n")
+        (self.out / "table.md").write_text(markdown_table(wide) + "\n"), (self.out / "table.tex").write_text(latex_table(wide) + "\n")
         return wide
 
     def missing(self) -> list[str]:
@@ -155,7 +155,7 @@ class Assessment:
         "The verdict with its reasons, in Markdown; `evaluation.json` keeps it with all numbers."
         out, lines = {}, []
         for name in self.evaluation.unlearned:
-            v = verdict(self.evaluation.rates(), self.targets, unlearned=name) if self.erasures and "classifier" in self.evaluation.scorers else {"verdict": "No classifier judged these images: look at the table and the grids."}
+            v = verdict(self.evaluation.rates(), self.targets, unlearned=name) if any(q.group == "target" for q in self.evaluation.asked) and "classifier" in self.evaluation.scorers else {"verdict": "No classifier judged these images: look at the table and the grids."}
             lines.append(f"**{name}: {v['verdict']}**")
             mine = self.long[(self.long.model == name) & (self.long.why == "")]
             for metric, group, say in (("CS", "target", "CLIP score of the target"), ("FID", "retained", "FID of the retained concepts to the original's"), ("I", "retained", "integrity of the retained concepts"), ("AS gap", "given", "alignment with the given prompts against the original's")):
@@ -231,8 +231,9 @@ def plot_front(table, figure=None):
 
 def board_table(table):
     "The leaderboard in the papers' shape, for `markdown_table` and `latex_table`."
+    import pandas as pd
     cols = {"target": "ACC ↓", "linked": "ACC ↓", "retained": "ACC ↑", "worst retained": "ACC ↑", "other": "ACC ↑", "minutes": "↓"}
     wide = table.set_index("run")[[c for c in cols if c in table]]
-    wide.columns = [(c, "", cols[c]) for c in wide.columns]
+    wide.columns = pd.MultiIndex.from_tuples([(c, "", cols[c]) for c in wide.columns])
     wide.index.name = None
     return wide

@@ -129,10 +129,12 @@ def examine(model: Denoiser, asked: list[Probe], name: str = "unlearned", **sett
 
 def rates(rows):
     "Recognition rate by model, group and concept, with Wilson's interval. A DataFrame."
+    import pandas as pd
     rows = rows[rows.hit.notna()]
+    if not len(rows): return pd.DataFrame(columns=["model", "group", "concept", "hits", "n", "rate", "low", "high"])
     out = rows.assign(hit=rows.hit.astype(bool), concept=rows.concept.where(rows.group != "other", "all together")).groupby(["model", "group", "concept"], sort=False).hit.agg(hits="sum", n="count").reset_index()
     out["rate"] = out.hits / out.n
-    out[["low", "high"]] = [wilson(k, n) for k, n in zip(out.hits, out.n)] if len(out) else []
+    out[["low", "high"]] = [wilson(k, n) for k, n in zip(out.hits, out.n)]
     return out
 
 def cells(asked: list[Probe], rows: dict, original: dict, scorers: dict, anchor: str = "", protocol: Protocol = Protocol()) -> dict[tuple[str, str], Cell]:

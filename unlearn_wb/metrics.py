@@ -48,7 +48,7 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     if n == 0: return 0., 1.
     p, zz = hits / n, z * z
     half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0., (p + zz / (2 * n) - half) / (1 + zz / n)), min(1., (p + zz / (2 * n) + half) / (1 + zz / n))
+    return max(0., min(p, (p + zz / (2 * n) - half) / (1 + zz / n))), min(1., max(p, (p + zz / (2 * n) + half) / (1 + zz / n)))
 
 # %% ../nbs/lib/09_metrics.ipynb #c012
 def rate_value(name: str, hits: torch.Tensor, better: str, by: str) -> Value:
@@ -228,7 +228,7 @@ def flagged(rows: torch.Tensor) -> torch.Tensor:  # (N,) bool
 
 def blur(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     "The images with the marked ones blurred beyond recognition; the originals stay as they are."
-    out, k = images.clone(), max(2, images.shape[-1] // 8)
+    out, k = images.clone(), max(2, images.shape[-1] // 4)
     if which.any(): out[which] = F.interpolate(F.avg_pool2d(images[which], k), size=images.shape[-2:], mode="bilinear")
     return out
 
