@@ -115,3 +115,17 @@ def test_presets_run(preset):
         x = torch.randn(1, 5, 16, requires_grad=True)
         kv(x).sum().backward()
         assert (x.grad[:, 0] == 0).all() and (x.grad[:, 1:] != 0).any()
+
+
+def test_each_concept_can_have_its_own_discriminator():
+    model = Denoiser(tiny_pipeline(), "tiny")
+    erasures = [Erasure.find(model, c, kind="style", retain=("Monet",)) for c in ("Van Gogh", "Picasso")]
+    method = DoCo(model, erasures, DoCoConfig(iterations=4, warmup=2, batch_size=6, num_images=8, prompts=8, d_each=True))
+    b, _ = method.batch(0)
+    who, z = method.owner[b.which], torch.randn(6, 4, 8, 8)
+    assert set(who.tolist()) == {0, 1}
+    one_by_one = torch.cat([method.D.each[k](z[i:i + 1]) for i, k in enumerate(who.tolist())])
+    assert torch.allclose(method.score(z, b), one_by_one, atol=1e-5)
+    before = [copy.deepcopy(D.state_dict()) for D in method.D.each]
+    for _ in Trainer(method): pass
+    assert all(any(not torch.equal(v, D.state_dict()[k]) for k, v in old.items()) for D, old in zip(method.D.each, before))

@@ -72,7 +72,7 @@ class Adversary:
             s.backward()
             self.optimizer.step()
         b.other = self.anchor(b).detach()
-        return {"similarity": float(s) if s is not None else float("nan"), "anchor_steps": k + 1 if steps else 0, "anchor_norm": float(self.e.detach().norm(dim=1).mean())}
+        return {"similarity": float(s.detach()) if s is not None else float("nan"), "anchor_steps": k + 1 if steps else 0, "anchor_norm": float(self.e.detach().norm(dim=1).mean())}
 
     def state(self) -> dict:
         found = self.optimizer.state.get(self.e, {})

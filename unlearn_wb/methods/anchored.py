@@ -181,7 +181,7 @@ class Anchored:
         if self.adversary: self.adversary.load_state(saved)
 
 # %% ../../nbs/methods/anchored.ipynb #c011
-def try_out(make, config, concept: str = "van gogh", steps: int = 60):
+def try_out(make, config, concept: str = "van gogh", steps: int = 40):
     "Train a method for a few steps on the sandbox. Returns the method, its trace (a DataFrame) and a before/after figure."
     import pandas as pd
     from unlearn_wb.diffusion import default_precision
@@ -190,7 +190,7 @@ def try_out(make, config, concept: str = "van gogh", steps: int = 60):
     model = Denoiser.load("sandbox")
     e = Erasure.find(model, concept)
     fast = dict(precision=default_precision())
-    method = make(model, [e], replace(config, iterations=steps, num_images=32, **fast))
+    method = make(model, [e], replace(config, iterations=steps, num_images=16, **fast))
     trace = pd.DataFrame([step.row() for step in unlearn(method)])
     things = ("a cat", "a house", "a boat", "a tree")
     asked = [f"a painting of {x} in the style of {s}" for s in (concept, e.retained[0]) for x in things] if e.kind == "style" else [f"a photo of {x}{tail}" for x in (concept, e.retained[0]) for tail in ("", " in the snow", " in the desert", " at sunset")]

@@ -13,7 +13,7 @@ from .anchored import Anchored, MethodConfig, Noised
 from ..scopes import choose
 
 # %% auto #0
-__all__ = ['SEES', 'PRESETS', 'DEFAULTS', 'DoCoConfig', 'defaults', 'DoCo']
+__all__ = ['SEES', 'PRESETS', 'DEFAULTS', 'DoCoConfig', 'defaults', 'PerConcept', 'DoCo']
 
 # %% ../../nbs/methods/doco.ipynb #c007
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class DoCoConfig(MethodConfig):
     d_layers: int = 5  # stride-2 layers of D, fewer on small latents
     d_last: int = 2  # stride of D's last layer
     d_norm: str = "group"  # group or batch
+    d_each: bool = False  # several concepts: a discriminator for each, or one for all
 
 SEES = {"x0_hat": "the predicted clean latent (released code)", "x_prev": "one denoising step, x_{t-1} (paper)"}
 PRESETS = {
@@ -43,6 +44,17 @@ def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> DoCo
     return replace(DEFAULTS[kind], **{k: v for k, v in change.items() if not (kind == "sandbox" and k == "lr")})
 
 # %% ../../nbs/methods/doco.ipynb #c009
+class PerConcept(torch.nn.Module):
+    "One discriminator a concept; each image goes to its own."
+    def __init__(self, make, n: int):
+        super().__init__()
+        self.each = torch.nn.ModuleList(make() for _ in range(n))
+
+    def forward(self, z, who):  # (B,C,h,w), (B,)
+        groups = [(who == k).nonzero()[:, 0] for k in range(len(self.each))]
+        out = torch.cat([D(z[i]) for D, i in zip(self.each, groups) if len(i)])
+        return out[torch.cat(groups).argsort()]
+
 class DoCo(Anchored):
     "Concept domain correction with concept-preserving gradient (Wu et al. 2024, Eqs. 8-10)."
     name = "DoCo"
@@ -52,7 +64,9 @@ class DoCo(Anchored):
         super().__init__(model, erasures, config, cache, callback)
         torch.manual_seed(int(torch.randint(2**31, (), generator=seeded(config.seed, "D"))))
         channels, size, _ = model.latent_shape
-        self.D = PatchGAN(channels, size, wanted=config.d_layers, last=config.d_last, norm=config.d_norm).to(model.device)
+        one = lambda: PatchGAN(channels, size, wanted=config.d_layers, last=config.d_last, norm=config.d_norm)
+        self.D = (PerConcept(one, len(erasures)) if config.d_each else one()).to(model.device)
+        self.owner = torch.tensor([k for k, b in enumerate(self.banks) for _ in b.target])  # prompt -> concept
         self.d_optimizer = torch.optim.Adam(self.D.parameters(), lr=config.disc_lr, betas=(.5, .999))
 
     def see(self, b: Noised, eps: torch.Tensor) -> torch.Tensor:
@@ -60,12 +74,16 @@ class DoCo(Anchored):
         abar = self.model.abar
         return x0_hat(b.x_t, eps, abar[b.t]) if self.config.sees == "x0_hat" else x_prev(b.x_t, eps, abar[b.t], torch.where(b.t > 0, abar[(b.t - 1).clamp(min=0)], torch.ones_like(abar[b.t])))
 
+    def score(self, z: torch.Tensor, b: Noised) -> torch.Tensor:
+        "D's logits of the patches."
+        return self.D(z, self.owner[b.which]) if self.config.d_each else self.D(z)
+
     def unlearning_loss(self, batch) -> torch.Tensor:
         "The denoiser's side of Eq. 8: results under the target prompt should pass for the anchor's."
         b, _ = batch
         z = self.see(b, self.eps(b))
         b.z = z.detach()
-        with frozen(self.D): return self.g_loss(self.D(z))
+        with frozen(self.D): return self.g_loss(self.score(z, b))
 
     @torch.no_grad()
     def anchor_view(self, b: Noised) -> torch.Tensor:
@@ -75,7 +93,7 @@ class DoCo(Anchored):
     def after(self, batch) -> dict:
         "D's turn, on what it was just shown and the anchor's counterpart."
         b, _ = batch
-        anchor, target = self.D(self.anchor_view(b)), self.D(b.z)
+        anchor, target = self.score(self.anchor_view(b), b), self.score(b.z, b)
         loss = self.d_loss(anchor, target)
         self.d_optimizer.zero_grad()
         loss.backward()
@@ -95,7 +113,7 @@ class DoCo(Anchored):
         for k in range(0, n, 32):
             b = self.draw(self.data or self.target_data, -1 - k, "examine", min(32, n - k), self.target_states, self.anchor_states)
             z = self.see(b, self.eps(b))
-            for name, v in (("anchor", self.D(self.anchor_view(b)).mean((1, 2, 3))), ("target", self.D(z).mean((1, 2, 3))), ("t", b.t)): out[name].append(v.cpu())
+            for name, v in (("anchor", self.score(self.anchor_view(b), b).mean((1, 2, 3))), ("target", self.score(z, b).mean((1, 2, 3))), ("t", b.t)): out[name].append(v.cpu())
         return {k: torch.cat(v) for k, v in out.items()}
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
-from itertools import product
 from ..concepts import Bank, Erasure, noun_phrase
 from ..diffusion import Denoiser
 from .anchored import Anchored, MethodConfig
@@ -15,23 +14,29 @@ from ..scopes import choose
 from ..diffusion import seeded
 
 # %% auto #0
-__all__ = ['GRAMMAR', 'PRESETS', 'diversify', 'RGConfig', 'RG', 'defaults']
+__all__ = ['GRAMMAR', 'PRESETS', 'known', 'diversify', 'RGConfig', 'RG', 'defaults']
 
 # %% ../../nbs/methods/rg.ipynb #c003
 GRAMMAR = {
-    "environment": ("", "in a green field", "in the snow", "in the desert", "by the sea", "in a quiet street", "in a garden"),
-    "time": ("", "at noon", "at sunset", "at night", "in the early morning"),
-    "mood": ("", "happy", "calm", "lonely", "cheerful", "quiet"),
-    "action": ("", "resting", "running", "playing", "looking around"),
-    "camera": ("", "close up", "wide angle", "seen from the front", "soft light")}
+    "environment": ("in a green field", "in the snow", "in the desert", "by the sea", "in a quiet street", "in a garden"),
+    "time": ("at noon", "at sunset", "at night", "in the early morning"),
+    "mood": ("happy", "calm", "lonely", "cheerful", "quiet", "beautiful"),
+    "action": ("resting", "running", "playing", "looking around"),
+    "camera": ("wide angle", "seen from the front", "soft light", "highly detailed", "close up")}
 
-def diversify(erasure: Erasure, n: int, seed: int = 0) -> Bank:
-    "A bank of n prompts a side that span `GRAMMAR` around the concept; equal counts for each retained concept."
+def known(model: Denoiser, phrases: tuple) -> tuple:
+    "The phrases that the model's tokenizer reads word by word: a word in pieces is one that its captions did not have."
+    return tuple(p for p in phrases if len(model.tokenizer(p, add_special_tokens=False).input_ids) == len(p.split()))
+
+def diversify(model: Denoiser, erasure: Erasure, n: int, seed: int = 0) -> Bank:
+    "A bank of n prompts a side that span what the model knows of `GRAMMAR` around the concept; equal counts for each retained concept."
     v, g = erasure.vocabulary, seeded(seed, "diversify", erasure.target)
+    grammar = {k: known(model, words) for k, words in GRAMMAR.items()}
     one = lambda words: words[int(torch.randint(len(words), (), generator=g))]
+    some = lambda words: one(words) if words and torch.rand((), generator=g) < .4 else ""  # a sentence is rarely about everything
     things = v.things + tuple(c for c in v.characters if c != erasure.target)
     def sentence(who: str, style: str):
-        part = {k: one(words) for k, words in GRAMMAR.items()}
+        part = {k: some(words) for k, words in grammar.items()}
         adjective = (lambda np_: f"{np_.split(' ', 1)[0]} {part['mood']} {np_.split(' ', 1)[1]}" if part["mood"] and np_.startswith(("a ", "an ")) else np_)
         text = f"{'a painting' if style else 'a photo'} of {adjective(noun_phrase(who, v))}" + (f" in the style of {style}" if style and style != v.plain else "")
         return ", ".join(x for x in (" ".join(x for x in (text, part["environment"], part["time"]) if x), part["action"], part["camera"]) if x)
@@ -76,7 +81,7 @@ class RG(Anchored):
 
     def make_banks(self) -> list:
         if not self.config.diverse: return super().make_banks()
-        return [diversify(e, -(-self.config.prompts // len(self.erasures)), self.config.seed) for e in self.erasures]
+        return [diversify(self.model, e, -(-self.config.prompts // len(self.erasures)), self.config.seed) for e in self.erasures]
 
     def unlearning_loss(self, batch) -> torch.Tensor:
         "Minus the diffusion loss of the target's images, truncated; Finetune: the retained images' loss."
