@@ -194,11 +194,21 @@ def number(v: float) -> str:
     "A value as the tables write it; a dash for nan."
     return "—" if v != v else f"{v:.3f}" if 0 < abs(v) < .1 else f"{v:.2f}" if abs(v) < 10 else f"{v:.1f}"
 
-def show_table(wide, caption: str = ""):
-    "The table for a notebook: best bold, second best underlined."
+def show_table(wide, long=None):
+    "The table for a notebook: best bold, second best underlined; with the long table given, intervals and image counts, and who computed what."
     r = ranks(wide)
-    style = wide.style.format(number).set_caption(caption) if caption else wide.style.format(number)
-    return style.apply(lambda _: r.map(lambda k: {1: "font-weight:bold", 2: "text-decoration:underline"}.get(k, "")), axis=None)
+    mark = lambda _: r.map(lambda k: {1: "font-weight:bold", 2: "text-decoration:underline"}.get(k, ""))
+    if long is None: return wide.style.format(number).apply(mark, axis=None)
+    row = {(t.model, t.group, t.concept, t.metric): t for t in long.itertuples()}
+    text, counts = wide.astype(object).copy(), {}
+    for m in wide.index:
+        for c in wide.columns:
+            t = row.get((m, c[0], c[1], c[2].split(" ↓")[0].split(" ↑")[0].strip()))
+            text.loc[m, c] = "—" if t is None or t.why else f"{number(t.value)}<br><small>[{number(t.low)}, {number(t.high)}]</small>"
+            if t is not None and not t.why: counts.setdefault(t.n, set()).add(c[:2])
+    by = {t.metric: t.by for t in long.itertuples() if not t.why}
+    say = "; ".join(f"{m} by {b}" for m, b in by.items()) + ". Images behind a number: " + ", ".join(f"{n} ({', '.join(sorted({g for g, _ in w}))})" for n, w in sorted(counts.items()))
+    return text.style.apply(mark, axis=None).set_caption(say + ". In brackets the 95 % interval.")
 
 def markdown_table(wide) -> str:
     "The table in Markdown."

@@ -10,7 +10,7 @@ from .loop import Step
 from .plots import live_figure, update_live
 
 # %% auto #0
-__all__ = ['someone_watches', 'Watch', 'Progress']
+__all__ = ['someone_watches', 'Watch', 'Progress', 'browse_front']
 
 # %% ../nbs/lib/12_widgets.ipynb #c004
 def someone_watches() -> bool:
@@ -74,3 +74,22 @@ class Progress:
         if done >= total:
             self.bar.close()
             self.bar, self.began = None, time.time()
+
+# %% ../nbs/lib/12_widgets.ipynb #c007
+def browse_front(table):  # of `assessment.leaderboard`
+    "Show the scatter of forgetting against retention; where a person looks on, hovering shows a run's grid."
+    import plotly.graph_objects as go
+    from unlearn_wb.assessment import plot_front
+    if not someone_watches(): return plot_front(table).show()
+    import ipywidgets as w
+    from IPython.display import display
+    from pathlib import Path
+    fig, name, picture = plot_front(table, go.FigureWidget), w.Label("hover over a run to see its pictures"), w.Image(format="png", layout=dict(max_width="100%"))
+    def show(trace, points, state):
+        if not points.point_inds: return
+        folder = Path(trace.customdata[points.point_inds[0]][3])
+        file = folder / "images" / "grid-target.png"
+        name.value = f"{folder}: {'before and after' if file.exists() else 'no grid in this folder'}"
+        if file.exists(): picture.value = file.read_bytes()
+    for trace in fig.data[:-1]: trace.on_hover(show)
+    display(w.VBox([fig, name, picture]))

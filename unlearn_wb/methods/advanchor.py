@@ -159,4 +159,4 @@ def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> AdvA
     "The configuration for a kind of base model, with a preset on top."
     change = choose("preset", preset, PRESETS)
     if not erasure.vocabulary.closed: return replace(AdvAnchorConfig(), **change)
-    return replace(AdvAnchorConfig(iterations=200, lr=1e-3, lr_schedule="cosine", clip=1., batch_size=8, scope="xattn-kv", num_images=96, anchor_lr=2e-2, anchor_steps=5, positions="tail", keep="drift"), **change)
+    return replace(AdvAnchorConfig(iterations=200, lr=5e-4, weight=40., lr_schedule="cosine", clip=1., batch_size=8, scope="xattn-kv", num_images=96, anchor_lr=2e-2, anchor_steps=5, positions="tail", keep="drift"), **change)

@@ -100,4 +100,4 @@ def saddle_defaults(model: Denoiser, erasure: Erasure, preset: str = "default") 
 def ovw_defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> OVWConfig:
     "The configuration for a kind of base model."
     choose("preset", preset, {"default": 0})
-    return OVWConfig(lr=1e-3, iterations=300, num_images=96, weight=10.) if erasure.vocabulary.closed else OVWConfig()
+    return OVWConfig(lr=1e-3, iterations=300, num_images=96, weight=60.) if erasure.vocabulary.closed else OVWConfig()

@@ -99,4 +99,4 @@ def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> RGCo
     "The configuration for a kind of base model."
     change = choose("preset", preset, PRESETS)
     if not erasure.vocabulary.closed: return replace(RGConfig(), **change)
-    return replace(RGConfig(scope="xattn-kv", lr=5e-4, lr_schedule="cosine", iterations=200, num_images=96, weight=5., truncate=.5), **change)
+    return replace(RGConfig(scope="xattn-kv", lr=1e-3, lr_schedule="cosine", iterations=200, num_images=96, weight=5., truncate=.5), **change)

@@ -59,4 +59,4 @@ def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> SDDC
     choose("preset", preset, {"default": 0, "paper": 0})
     config = SDDConfig()
     if not erasure.vocabulary.closed: return config
-    return replace(config, lr=1e-3) if preset == "paper" else replace(config, scope="xattn-kv", lr=1e-3, lr_schedule="cosine", iterations=300, num_images=96, images="target", keep="drift", weight=10.)
+    return replace(config, lr=1e-3) if preset == "paper" else replace(config, scope="xattn-kv", lr=2e-3, lr_schedule="cosine", iterations=300, num_images=96, images="target", keep="drift", weight=1.)
