@@ -11,7 +11,7 @@ import torch
 from .concepts import BadConcept, Cache, Erasure, Vocabulary
 from .diffusion import Denoiser, default_precision
 from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_cut, latex_table, markdown_table, paper_table, read_prompts, verdict
-from .metrics import METRICS, scorers_for, wilson
+from .metrics import METRICS, PROTOCOLS, scorers_for, wilson
 from .reference import distances, plot_distances, reference_for
 from .runs import BadRun, write_json
 from .scopes import choose, load_changed
@@ -60,7 +60,9 @@ class Assessment:
     "Any number of unlearned models of one base model: from the notebook's parameters to tables, grids and a verdict."
     def __init__(self, p: dict):  # parameters of evaluate.ipynb
         self.p = p
-        if p["eval_images"] < 1: raise ValueError(f"eval_images = {p['eval_images']}; at least 1 is needed")
+        protocol = choose("protocol", p["protocol"], PROTOCOLS)
+        n, steps, guidance = (p[k] or getattr(protocol, what) for k, what in (("eval_images", "images"), ("steps", "steps"), ("guidance", "guidance")))
+        if min(n, steps) < 1 or guidance < 0: raise ValueError(f"eval_images = {n}, steps = {steps}, guidance = {guidance}; positive numbers are needed, or 0 for the protocol's")
         self.metrics = [m.strip() for m in p["metrics"].split(",") if m.strip()]
         for m in self.metrics: choose("metric", m, METRICS)
         device = p["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,14 +78,14 @@ class Assessment:
         else: self.erasures = []
         other = [c.name for c in self.candidates if c.config and not p["concept"] and {e["target"] for e in c.config["erasures"]} != {e.target for e in self.erasures}]
         if other: raise BadRun(f"run '{other[0]}' forgot something else than '{' + '.join(e.target for e in self.erasures)}'; evaluate runs of one concept together, or name the concept")
-        asked = ask(self.erasures, p["eval_images"]) if p["own_prompts"] and self.erasures else []
+        asked = ask(self.erasures, n) if p["own_prompts"] and self.erasures else []
         self.notes = []
         if p["prompts"]: asked = asked + read_prompts(p["prompts"], self.notes.append)
         cut = count_cut(base, asked)
         if cut: self.notes.append(f"{cut} of {len(asked)} prompts are longer than the {base.max_tokens} tokens that the text encoder reads, and are cut there")
         self.out = Path(p["out_dir"] or (Path(whats[0]) / "evaluation" if len(whats) == 1 and Path(whats[0]).is_dir() else "runs/evaluation"))
         self.out.mkdir(parents=True, exist_ok=True)
-        settings = dict(steps=p["steps"], guidance=p["guidance"], precision=p["precision"] or default_precision(device))
+        settings = dict(steps=steps, guidance=guidance, precision=p["precision"] or default_precision(device))
         cache = Cache(self.out / "cache")
         galleries, names = {"original": Gallery(base, cache, **settings)}, {}
         for c in self.candidates:

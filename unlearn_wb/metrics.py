@@ -292,8 +292,11 @@ class Protocol:
     scale: float = 1.  # of the CLIP score
     text: str = "concept"  # CS's text: the bare concept name, or the prompt
     against: str = "anchor"  # CA's other text: the anchor, or nothing (the empty text)
+    images: int = 60  # of each concept
+    steps: int = 15  # of the sampler
+    guidance: float = 4.  # guidance scale
 
-PROTOCOLS = {"workbench": Protocol(), "spm": Protocol(scale=2.5, against="nothing"), "prompt": Protocol(text="prompt")}
+PROTOCOLS = {"workbench": Protocol(), "spm": Protocol(scale=2.5, against="nothing", images=800, steps=30, guidance=7.5), "prompt": Protocol(text="prompt")}
 
 @dataclass
 class Cell:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/lib/12_widgets.ipynb #c002
 from __future__ import annotations
-import os, sys, time
+import asyncio, os, sys, time
 import pandas as pd
 from .loop import Step
 from .plots import live_figure, update_live
@@ -35,8 +35,8 @@ class Watch:
         from IPython.display import display
         self.fig = live_figure(go.FigureWidget)
         self.progress, self.note = w.IntProgress(max=self.total, value=len(self.rows), layout=dict(width="45%")), w.Label("starting")
-        self.pause, self.stop = w.ToggleButton(description="Pause", icon="pause", tooltip="hold after this step"), w.Button(description="Stop", icon="stop", tooltip="finish this step and leave")
-        self.pause.observe(lambda c: setattr(self, "paused", c["new"]), "value")
+        self.pause, self.stop = w.Button(description="Pause", icon="pause", tooltip="hold after this step, or go on"), w.Button(description="Stop", icon="stop", tooltip="finish this step and leave")
+        self.pause.on_click(lambda _: self._toggle())  # clicks are messages of their own; a toggle's state would wait for the cell to end
         self.stop.on_click(lambda _: setattr(self, "stopped", True))
         display(w.VBox([w.HBox([self.progress, self.pause, self.stop, self.note]), self.fig]))
 
@@ -48,8 +48,16 @@ class Watch:
             self.bar.set_postfix({"phase": step.phase, "D acc": f"{v.get('d_acc', float('nan')):.2f}"}, refresh=False)
             self.bar.update()
         elif time.monotonic() - self._last > self.every or step.done: self._show(step)
-        while self.paused and not self.stopped: time.sleep(.1)  # buttons act in another thread of the kernel
         return not self.stopped
+
+    def _toggle(self):
+        self.paused = not self.paused
+        self.pause.description, self.pause.icon = ("Resume", "play") if self.paused else ("Pause", "pause")
+
+    async def turn(self):
+        "Let the buttons act: the kernel takes in widget messages while a cell awaits. Holds while paused."
+        await asyncio.sleep(0)
+        while self.paused and not self.stopped: await asyncio.sleep(.05)
 
     def _show(self, step):
         with self.fig.batch_update(): update_live(self.fig, pd.DataFrame(self.rows))

@@ -131,7 +131,18 @@ class Experiment:
         return self.run.save_figure(show_images(torch.cat(images), rows=["target", "anchor", "retained"][:len(images)], title="What the original paints for the training prompts"), "training-prompts")
 
     def train(self, every: int = 50):
-        "Train (or solve) every stage to the end; checkpoints every so many steps. SIGTERM or the stop button finish the step, save and leave."
+        "Train (or solve) every stage to the end; checkpoints every so many steps. SIGTERM or the stop button finish the step, save and leave. The trace, a DataFrame."
+        for _ in self._stages(every): pass
+        return self.run.trace()
+
+    async def train_live(self, every: int = 50):
+        "`train` for a notebook's cell: it awaits after every step, so that pause and stop act in a browser."
+        for watch in self._stages(every):
+            if watch.live: await watch.turn()
+        return self.run.trace()
+
+    def _stages(self, every):
+        "All stages; yields its `Watch` after every step."
         import pandas as pd
         from safetensors.torch import save_file
         traces = []
@@ -139,12 +150,13 @@ class Experiment:
             done = self._at(k).folder / "done.safetensors"
             if k and not (len(self.stages) > 1 and done.exists()): self._enter(k)
             if len(self.stages) > 1 and done.exists(): load_changed(self.model.unet, done)  # finished before an interruption
-            else:
-                self._solve() if hasattr(self.method, "solve") else self._train(every)
-                if len(self.stages) > 1: save_file({n: w.cpu().contiguous() for n, w in self.method.moved.weights().items()}, done)
+            elif hasattr(self.method, "solve"): self._solve()
+            else: yield from self._train(every)
+            if len(self.stages) > 1 and not done.exists():
+                if getattr(self, "trainer", None) and self.trainer.step < self.trainer.total: break  # stopped by hand
+                save_file({n: w.cpu().contiguous() for n, w in self.method.moved.weights().items()}, done)
             traces.append(self._at(k).trace().assign(stage=k + 1))
-        if len(self.stages) > 1: self.run.write_trace(pd.concat(traces, ignore_index=True).assign(step=lambda t: range(1, len(t) + 1)).to_dict("records"))
-        return self.run.trace()
+        if len(self.stages) > 1 and traces: self.run.write_trace(pd.concat(traces, ignore_index=True).assign(step=lambda t: range(1, len(t) + 1)).to_dict("records"))
 
     def _solve(self):
         began = time.perf_counter()
@@ -166,6 +178,7 @@ class Experiment:
                 if step.index == warmup and hasattr(self.method, "examine"): write_json(self.run.folder / "warmup.json", {k: v.tolist() for k, v in self.method.examine().items()})
                 if step.index % every == 0 or step.done or not go_on: self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
                 if not go_on: break
+                yield watch
         watch.close()
         if self.trainer.step == self.trainer.total and hasattr(self.method.moved, "merge"): self.method.moved.merge()  # a plain pipeline knows no adapters
         if stop.requested: raise Interrupted(f"asked to leave at step {self.trainer.step} of {self.trainer.total}; everything is saved, the same command with -p resume True goes on")
