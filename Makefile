@@ -23,8 +23,8 @@ demo: $(READY)  ## forget "Van Gogh" on the built-in sandbox: a verdict and an H
 	@$(BIN)/python -c 'import json; r = json.load(open("$(DEMO)/report.json")); print("\n" + r["verdict"] + "\n\nreport: $(CURDIR)/$(DEMO)/report.html")'
 
 test: $(READY)  ## notebooks' own checks, then what crosses rooms
-	$(BIN)/nbdev_test --path nbs/lib --n_workers 2
-	$(BIN)/nbdev_test --path nbs/methods --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/lib --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/methods --n_workers 2
 	$(BIN)/python -m pytest
 
 lessons: $(READY)  ## run the literate notebooks and keep their outputs
