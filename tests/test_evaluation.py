@@ -97,7 +97,29 @@ def test_missing_models_say_what_they_need(model, monkeypatch):
     with pytest.raises(Missing, match="download it once, for example openai/clip-vit-base-patch32"): Clip.load("/nowhere/clip")
     there, missing = scorers_for(model, features="inception", distance="lpips", faces="insightface")
     assert {"classifier", "clip"} <= set(there) and "torch-fidelity" in missing["features"] and "pip install lpips" in missing["distance"] and "insightface" in missing["faces"]
-    with pytest.raises(ValueError, match="unknown features 'inceptoin'; did you mean 'inception'"): scorers_for(model, features="inceptoin")
+    with pytest.raises(ValueError, match="unknown distance 'lpisp'; did you mean 'lpips'"): scorers_for(model, distance="lpisp")
+    assert "facebook/dinov2-base" in scorers_for(model, features="/nowhere/dino")[1]["features"]
+
+
+def test_any_clip_on_disk_by_its_path_with_its_own_preprocessing(tmp_path):
+    shutil.copytree(ROOT / "data/sandbox/clip", tmp_path / "clip")
+    shutil.copytree(ROOT / "data/sandbox/base/tokenizer", tmp_path / "clip", dirs_exist_ok=True)
+    (tmp_path / "clip/preprocessor_config.json").write_text(json.dumps(dict(image_mean=[.5] * 3, image_std=[.5] * 3)))
+    own, there = Clip.load(), Clip.load(str(tmp_path / "clip"))
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.allclose(own.images(x), there.images(x), atol=1e-5) and torch.allclose(own.texts(["a cat"]), there.texts(["a cat"]), atol=1e-5) and str(tmp_path) in there.name
+    larger = torch.nn.functional.interpolate(x, size=(128, 128), mode="nearest")
+    assert (there.images(larger) * there.images(x)).sum(1).min() > .95  # resized to what the model reads
+
+
+def test_any_vision_model_on_disk_gives_features(model, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)).save_pretrained(tmp_path)
+    there, missing = scorers_for(model, features=str(tmp_path))
+    x = torch.rand(3, 3, 64, 64)
+    rows = there["features"](x)
+    assert not missing and rows.shape == (3, 16) and str(tmp_path) in there["features"].name
+    assert scorers_for(model, features=str(ROOT / "data/sandbox/clip"))[0]["features"](x).shape == (3, 96)
 
 
 def gallery(model, folder, **kw): return Gallery(model, Cache(folder), steps=4, precision="fp32", **kw)
@@ -324,10 +346,12 @@ def test_comparison_ranks_runs_and_marks_the_front(run, tmp_path):
         (f / "config.json").write_text(json.dumps(config | {"method": f"m{k}"})), (f / "report.json").write_text(json.dumps({"seconds_training": 60. * (k + 1)}))
         pd.DataFrame([dict(model="unlearned", group=g, concept=c, hit=bool(i < 10 * share)) for g, c, share in (("target", "x", target), ("retained", "y", retained)) for i in range(10)]).to_parquet(f / "examination.parquet")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "r2/evaluation").mkdir()
+    pd.DataFrame([dict(model="r2", group="retained", concept=c, metric="I", value=v, why="") for c, v in (("y", .3), ("all", .2))]).to_parquet(tmp_path / "r2/evaluation/metrics.parquet")
     said = []
     t = leaderboard([tmp_path / f"r{k}" for k in range(3)] + [tmp_path / "empty"], said.append)
     assert len(said) == 1 and "empty is left out" in said[0]
-    assert t.set_index("run").front.to_dict() == {"r0": False, "r1": False, "r2": True} and ranking(t).index[0] == "r2"
+    assert t.set_index("run").front.to_dict() == {"r0": False, "r1": False, "r2": True} and ranking(t).index[0] == "r2" and t.set_index("run")["I retained"]["r2"] == .2
     p = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs/compare.ipynb"), "out.ipynb", "--no-progress-bar", "-p", "runs", str(tmp_path / "r*"), "-p", "out_dir", "board"], cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-2000:]
     assert {f.name for f in (tmp_path / "board").iterdir()} == {"leaderboard.csv", "leaderboard.md", "leaderboard.tex"}

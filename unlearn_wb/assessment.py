@@ -18,7 +18,8 @@ from .scopes import choose, load_changed
 from .widgets import Progress
 
 # %% auto #0
-__all__ = ['Candidate', 'erasures_of', 'Assessment', 'find_runs', 'leaderboard', 'pareto', 'ranking', 'plot_front', 'board_table']
+__all__ = ['EVALUATED', 'Candidate', 'erasures_of', 'Assessment', 'find_runs', 'leaderboard', 'pareto', 'ranking', 'plot_front',
+           'board_table']
 
 # %% ../nbs/lib/09_assessment.ipynb #c005
 @dataclass
@@ -198,11 +199,23 @@ def leaderboard(folders: list[str | Path], report=print):
             if n: row |= {g: 100 * k / n, f"{g} low": 100 * wilson(k, n)[0], f"{g} high": 100 * wilson(k, n)[1], f"{g} images": n}
         worst = mine[mine.group == "retained"].groupby("concept").hit.mean()
         row["worst retained"] = 100 * worst.min() if len(worst) else float("nan")
-        out.append(row | dict(folder=str(folder)))
+        out.append(row | _evaluated(folder) | dict(folder=str(folder)))
     if not out: raise BadRun(f"no finished run among {len(folders)} folders; give run folders, such as runs/demo")
     table = pd.DataFrame(out)
     table["front"] = pareto(100 - table.target, table.retained)
     return table.sort_values(["front", "retained"], ascending=False, ignore_index=True)
+
+EVALUATED = {"CS target": ("CS", "target", False), "I retained": ("I", "retained", False), "FID retained": ("FID", "retained", False), "AS gap retained": ("AS gap", "retained", True)}  # column -> metric, group, is higher better
+
+def _evaluated(folder: Path) -> dict:
+    "What evaluate.ipynb left in the run's folder, where it did."
+    import pandas as pd
+    file = folder / "evaluation" / "metrics.parquet"
+    if not file.exists(): return {}
+    m = pd.read_parquet(file)
+    m = m[(m.model == folder.name) & (m.why == "")]
+    pick = lambda metric, group: m[(m.metric == metric) & (m.group == group)].value.tail(1)  # the pooled cell is the last
+    return {c: float(v.iloc[0]) for c, (metric, group, _) in EVALUATED.items() if len(v := pick(metric, group))}
 
 def pareto(a, b) -> list[bool]:
     "Which points no other point beats in both (higher is better)."
@@ -212,7 +225,7 @@ def pareto(a, b) -> list[bool]:
 def ranking(table):
     "Rank of each run in each metric (1 is best; equal values share), and the mean rank. A DataFrame."
     import pandas as pd
-    good = {"target": False, "linked": False, "retained": True, "worst retained": True, "other": True, "minutes": False}
+    good = {"target": False, "linked": False, "retained": True, "worst retained": True, "other": True, "minutes": False} | {c: high for c, (_, _, high) in EVALUATED.items()}
     r = pd.DataFrame({m: table[m].rank(ascending=not high, method="min") for m, high in good.items() if m in table})
     return r.assign(run=table.run, **{"mean rank": r.mean(axis=1)}).set_index("run").sort_values("mean rank")
 
@@ -234,7 +247,7 @@ def plot_front(table, figure=None):
 def board_table(table):
     "The leaderboard in the papers' shape, for `markdown_table` and `latex_table`."
     import pandas as pd
-    cols = {"target": "ACC ↓", "linked": "ACC ↓", "retained": "ACC ↑", "worst retained": "ACC ↑", "other": "ACC ↑", "minutes": "↓"}
+    cols = {"target": "ACC ↓", "linked": "ACC ↓", "retained": "ACC ↑", "worst retained": "ACC ↑", "other": "ACC ↑", "minutes": "↓"} | {c: "↑" if high else "↓" for c, (_, _, high) in EVALUATED.items()}
     wide = table.set_index("run")[[c for c in cols if c in table]]
     wide.columns = pd.MultiIndex.from_tuples([(c, "", cols[c]) for c in wide.columns])
     wide.index.name = None

@@ -16,9 +16,9 @@ from .diffusion import DATA, Denoiser, quiet_loading
 # %% auto #0
 __all__ = ['NUDE_PARTS', 'EXPLICIT_PARTS', 'MIN_FID', 'PROTOCOLS', 'METRICS', 'ROLES', 'Unmeasurable', 'Value', 'wilson',
            'rate_value', 'mean_value', 'Missing', 'finite', 'Clip', 'SandboxJudge', 'Classifier', 'JudgeFeatures',
-           'Inception', 'PerceptualDistance', 'Lpips', 'NudeNet', 'flagged', 'blur', 'Faces', 'fid', 'fid_value',
-           'kid_value', 'Protocol', 'Cell', 'acc', 'cs', 'ca', 'alignment', 'alignment_gap', 'frechet', 'kernel',
-           'integrity', 'ism', 'nude', 'judge_for', 'scorers_for']
+           'Inception', 'VisionFeatures', 'PerceptualDistance', 'Lpips', 'NudeNet', 'flagged', 'blur', 'Faces', 'fid',
+           'fid_value', 'kid_value', 'Protocol', 'Cell', 'acc', 'cs', 'ca', 'alignment', 'alignment_gap', 'frechet',
+           'kernel', 'integrity', 'ism', 'nude', 'judge_for', 'scorers_for']
 
 # %% ../nbs/lib/09_metrics.ipynb #c005
 class Unmeasurable(ValueError): "A number that cannot be had from these images, and what it would need."
@@ -169,16 +169,33 @@ class JudgeFeatures:
     def __call__(self, images, original=None): return _rows(images, self.judge.features)
 
 class Inception:
-    "The Inception features of the usual FID, through torch-fidelity."
-    name, size = "Inception v3, torch-fidelity", 2048
-    def __init__(self):
+    "The Inception features of the usual FID, through torch-fidelity; `path` is its weights file, downloaded once when not given."
+    size = 2048
+    def __init__(self, path: str = ""):
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
-            self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+            self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"], path or None)
         except (ImportError, ModuleNotFoundError, OSError) as e:
-            raise Missing("the Inception features need the package torch-fidelity (with torchvision) and its weights, downloaded once: pip install torch-fidelity") from e
+            raise Missing("the Inception features need the package torch-fidelity (with torchvision) and its weights, downloaded once: pip install torch-fidelity, or give inception:/path/to/weights") from e
+        self.name = f"Inception v3, torch-fidelity {path}".strip()
     @torch.no_grad()
     def __call__(self, images, original=None): return _rows(images, lambda x: self.model((x * 255).byte()))
+
+class VisionFeatures:
+    "Pooled features of any vision model of transformers (DINOv2, ViT, CLIP's vision tower) by name or path."
+    def __init__(self, name: str):
+        from transformers import AutoConfig, AutoModel, CLIPVisionModel
+        try:
+            with quiet_loading():
+                kind = AutoConfig.from_pretrained(name).model_type
+                self.model = (CLIPVisionModel if kind == "clip" else AutoModel).from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
+        except (OSError, ValueError) as e:
+            raise Missing(f"features '{name}' are neither a directory with safetensors nor to be had from the hub ({str(e).splitlines()[0][:120]}); download a vision model once, for example facebook/dinov2-base, and give its folder") from e
+        self.name, self.side = f"features of {name}", getattr(self.model.config, "image_size", 224)
+    @torch.no_grad()
+    def __call__(self, images, original=None):
+        fit = lambda x: F.interpolate(x, size=(self.side,) * 2, mode="bicubic", antialias=True).clamp(0, 1) if x.shape[-1] != self.side else x
+        return _rows(images, lambda x: self.model(pixel_values=(fit(x) - .5) / .25).pooler_output)
 
 class PerceptualDistance:
     "Distance (N,1) of each image to the original model's image of the same prompt and seed, by the judge's layers."
@@ -196,11 +213,11 @@ class PerceptualDistance:
         return _rows(both, lambda x: self.distance(*x.split(3, 1))[:, None])
 
 class Lpips:
-    "LPIPS (N,1), by the package of its authors."
-    def __init__(self, net: str = "alex"):
+    "LPIPS (N,1), by the package of its authors; `path` is a file of its linear weights."
+    def __init__(self, path: str = "", net: str = "alex"):
         try: import lpips
-        except ImportError as e: raise Missing("LPIPS needs the package lpips (with torchvision) and its weights, downloaded once: pip install lpips") from e
-        self.model, self.name = lpips.LPIPS(net=net, verbose=False), f"LPIPS {net}"
+        except ImportError as e: raise Missing("LPIPS needs the package lpips (with torchvision) and its weights, downloaded once: pip install lpips, or give lpips:/path/to/weights") from e
+        self.model, self.name = lpips.LPIPS(net=net, verbose=False, **({"model_path": path} if path else {})), f"LPIPS {net} {path}".strip()
     @torch.no_grad()
     def __call__(self, images, original): return _rows(torch.cat([images, original], 1), lambda x: self.model(*(v * 2 - 1 for v in x.split(3, 1))).view(-1, 1))
 
@@ -373,15 +390,15 @@ def scorers_for(model: Denoiser,
     wanted = {
         "classifier": (classifier or ("sandbox" if own else "none"), lambda n: SandboxJudge(judge) if n == "sandbox" else Classifier(n)),
         "clip": (clip or ("sandbox" if own else "openai/clip-vit-base-patch32"), Clip.load),
-        "features": (features or ("sandbox" if own else "inception"), lambda n: JudgeFeatures(judge) if n == "sandbox" else Inception()),
-        "distance": (distance or ("sandbox" if own else "lpips"), lambda n: PerceptualDistance(judge) if n == "sandbox" else Lpips()),
+        "features": (features or ("sandbox" if own else "inception"), lambda n: JudgeFeatures(judge) if n == "sandbox" else Inception(n.partition(":")[2]) if n.split(":")[0] == "inception" else VisionFeatures(n)),
+        "distance": (distance or ("sandbox" if own else "lpips"), lambda n: PerceptualDistance(judge) if n == "sandbox" else Lpips(n.partition(":")[2])),
         "nudity": (nudity, lambda n: NudeNet()), "faces": (faces, lambda n: Faces())}
-    known = {"features": ("sandbox", "inception"), "distance": ("sandbox", "lpips"), "nudity": ("nudenet",), "faces": ("insightface",)}
+    known = {"distance": ("sandbox", "lpips"), "nudity": ("nudenet",), "faces": ("insightface",)}
     from unlearn_wb.scopes import choose
     there, missing = {}, {}
     for role, (name, make) in wanted.items():
         if name == "none": continue
-        if role in known: choose(role, name, dict.fromkeys((*known[role], "none")))
+        if role in known: choose(role, name.split(":")[0], dict.fromkeys((*known[role], "none")))
         if name == "sandbox" and not own: missing[role] = f"the sandbox's own {role} sees its own world only; '{model.name}' is of another"; continue
         try: there[role] = make(name)
         except Missing as e: missing[role] = str(e)
