@@ -3,7 +3,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import tiny_pipeline
 
 from unlearn_wb.concepts import Erasure

@@ -1,6 +1,5 @@
 """The evaluation: numbers against independent formulas, fixed points, order, interruption, and bad input."""
 import json
-import math
 import os
 import shutil
 import signal
@@ -15,11 +14,11 @@ import scipy.linalg
 import torch
 from conftest import ROOT
 
-from unlearn_wb.assessment import Assessment, Candidate, leaderboard, pareto, ranking
+from unlearn_wb.assessment import Assessment, leaderboard, ranking
 from unlearn_wb.concepts import Cache, Erasure, Probe
 from unlearn_wb.diffusion import Denoiser
-from unlearn_wb.evaluation import BadPrompts, Evaluation, Gallery, ask, cells, latex_table, markdown_table, measure, paper_table, read_prompts, verdict
-from unlearn_wb.metrics import METRICS, Clip, Missing, Unmeasurable, fid, fid_value, kid_value, mean_value, scorers_for, wilson
+from unlearn_wb.evaluation import BadPrompts, Evaluation, Gallery, ask, read_prompts, verdict
+from unlearn_wb.metrics import Clip, Missing, fid, fid_value, kid_value, mean_value, scorers_for, wilson
 from unlearn_wb.reference import bound, distances, prediction_gap, reference_for
 from unlearn_wb.runs import BadRun
 

@@ -290,7 +290,7 @@ def test_mace():
 
 
 def test_receler():
-    m = build("receler", weight=0., soft_tokens=0)
+    m = build("receler", local=0., soft_tokens=0)
     x, (b, _) = Exact(m, move=.1), m.batch(1)
     null = m.null.expand(4, -1, -1)
     plain, told = x.eps0(b, null), x.eps0(b, b.c)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_pipeline
 
-from unlearn_wb.diffusion import Denoiser, add_noise, eps_from_v, sample
+from unlearn_wb.diffusion import Denoiser, eps_from_v, sample
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from unlearn_wb.sandbox import LINKS, STYLES, SUBJECTS, Pretraining, Recipe, Scene, caption, examine_judge, examine_model, facts, load_judge, render, world
+from unlearn_wb.sandbox import LINKS, STYLES, SUBJECTS, Pretraining, Recipe, caption, examine_judge, examine_model, facts, load_judge, render, world
 
 DATA = ROOT / "data/sandbox"
 

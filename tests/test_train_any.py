@@ -3,14 +3,12 @@ import json
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, parameters
 
 from unlearn_wb.diffusion import Denoiser
 from unlearn_wb.registry import METHODS
-from unlearn_wb.runs import Interrupted
 from unlearn_wb.workbench import COMMON, Experiment
 
 SHORT = dict(iterations=4, num_images=8, eval_images=2, batch_size=4)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import torch
-from .concepts import Cache, Erasure, Probe, Vocabulary, probes
+from .concepts import Cache, Erasure, Probe, probes
 from .diffusion import Denoiser, sample
 from .metrics import METRICS, PROTOCOLS, Cell, Protocol, SandboxJudge, Unmeasurable, blur, flagged, judge_for, wilson
 from .scopes import choose
@@ -109,7 +109,7 @@ def judged(asked: list[Probe], rows: dict, scorers: dict, name: str):
         bad = ~rows["classifier"].isfinite().all(1)
         seen = rows["classifier"].nan_to_num(0)
         if hasattr(c, "styles"): out["style"], out["subject"] = [c.styles[i] for i in seen[:, :len(c.styles)].argmax(1)], [c.subjects[i] for i in seen[:, len(c.styles):].argmax(1)]
-        hit, sure = torch.zeros(len(asked), dtype=torch.bool), torch.zeros(len(asked))
+        hit = torch.zeros(len(asked), dtype=torch.bool)
         for concept in dict.fromkeys(p.concept for p in asked):
             where = torch.tensor([p.concept == concept for p in asked])
             try: hit[where] = c.shows(seen, concept)[where]

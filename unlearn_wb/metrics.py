@@ -14,11 +14,11 @@ from .concepts import Vocabulary
 from .diffusion import DATA, Denoiser, quiet_loading
 
 # %% auto #0
-__all__ = ['NUDE_PARTS', 'EXPLICIT_PARTS', 'MIN_FID', 'PROTOCOLS', 'METRICS', 'ROLES', 'Unmeasurable', 'Value', 'wilson',
-           'rate_value', 'mean_value', 'Missing', 'finite', 'Clip', 'SandboxJudge', 'Classifier', 'JudgeFeatures',
-           'Inception', 'VisionFeatures', 'PerceptualDistance', 'Lpips', 'NudeNet', 'flagged', 'blur', 'Faces', 'fid',
-           'fid_value', 'kid_value', 'Protocol', 'Cell', 'acc', 'cs', 'ca', 'alignment', 'alignment_gap', 'frechet',
-           'kernel', 'integrity', 'ism', 'nude', 'judge_for', 'scorers_for']
+__all__ = ['NUDE_PARTS', 'EXPLICIT_PARTS', 'MIN_FID', 'PROTOCOLS', 'METRICS', 'Unmeasurable', 'Value', 'wilson', 'rate_value',
+           'mean_value', 'Missing', 'finite', 'Clip', 'SandboxJudge', 'Classifier', 'JudgeFeatures', 'Inception',
+           'VisionFeatures', 'PerceptualDistance', 'Lpips', 'NudeNet', 'flagged', 'blur', 'Faces', 'fid', 'fid_value',
+           'kid_value', 'Protocol', 'Cell', 'acc', 'cs', 'ca', 'alignment', 'alignment_gap', 'frechet', 'kernel',
+           'integrity', 'ism', 'nude', 'judge_for', 'scorers_for']
 
 # %% ../nbs/lib/09_metrics.ipynb #c005
 class Unmeasurable(ValueError): "A number that cannot be had from these images, and what it would need."
@@ -163,14 +163,13 @@ class Classifier:
 
 class JudgeFeatures:
     "128 numbers an image, for Fréchet and kernel distances."
-    name, size = "sandbox features", 128
+    name = "sandbox features"
     def __init__(self, judge): self.judge = judge
     @torch.no_grad()
     def __call__(self, images, original=None): return _rows(images, self.judge.features)
 
 class Inception:
     "The Inception features of the usual FID, through torch-fidelity; `path` is its weights file, downloaded once when not given."
-    size = 2048
     def __init__(self, path: str = ""):
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
@@ -321,7 +320,7 @@ class Cell:
     group: str  # target, linked, retained, other, given
     concept: str
     prompts: list
-    rows: dict  # scorer's role -> (N,k), see `SCORERS`
+    rows: dict  # scorer's role -> (N,k), see `scorers_for`
     original: dict  # the same of the original model
     scorers: dict  # role -> scorer
     anchor: str = ""
@@ -377,8 +376,6 @@ def judge_for(model: Denoiser):
     beside = [model.folder.parent / "judge"] if model.folder else []
     if Vocabulary.of(model).closed: beside.append(DATA / "sandbox" / "judge")  # a run's own model, used as a base
     return next((load_judge(f) for f in beside if (f / "judge.safetensors").exists()), None)
-
-ROLES = ("classifier", "clip", "features", "distance", "nudity", "faces")
 
 def scorers_for(model: Denoiser,
                 clip: str = "",  # each: "" for the default of this model's world, "none", or a name

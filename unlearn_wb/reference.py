@@ -5,10 +5,9 @@
 # %% ../nbs/lib/09_reference.ipynb #c002
 from __future__ import annotations
 import math
-from dataclasses import replace
+import textwrap
 from pathlib import Path
 import torch
-from .concepts import Probe
 from .diffusion import Denoiser, add_noise, embed_each, seeded, x0_hat
 from .metrics import Unmeasurable, Value, fid_value, mean_value
 
@@ -125,7 +124,7 @@ def plot_distances(table, axes=None):
             x = [i + (j - (len(models) - 1) / 2) * .8 / len(models) for i in range(len(groups))]
             ax.bar(x, part.value, .75 / len(models), yerr=[(part.value - part.low).clip(lower=0), (part.high - part.value).clip(lower=0)], capsize=2,
                    color=COLOURS["original"] if m == "original" else ["#d55e00", "#009e73", "#cc79a7", "#e69f00"][(j - 1) % 4], hatch="" if m == "original" else "//", edgecolor="white", label=m)
-        ax.set(xticks=range(len(groups)), xticklabels=groups, title={"I": "I (outputs)", "FID": "FID (outputs)"}.get(kind, "\n".join(__import__("textwrap").wrap(kind, 22)))); ax.title.set_fontsize(9)
+        ax.set(xticks=range(len(groups)), xticklabels=groups, title={"I": "I (outputs)", "FID": "FID (outputs)"}.get(kind, "\n".join(textwrap.wrap(kind, 22)))); ax.title.set_fontsize(9)
     axes[0].legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("distance to the exact reference")
     return axes[0].figure

@@ -4,16 +4,16 @@
 
 # %% ../../nbs/methods/advanchor.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Erasure, token_spans
 from ..diffusion import Denoiser, seeded
-from .anchored import Anchored, MethodConfig, text_states
+from .anchored import Anchored, MethodConfig, defaults_for, text_states
 from ..scopes import choose
 
 # %% auto #0
-__all__ = ['ADV', 'SCHEDULES', 'POSITIONS', 'PRESETS', 'Adversary', 'AdvAnchorConfig', 'AdvAnchor', 'defaults']
+__all__ = ['ADV', 'SCHEDULES', 'POSITIONS', 'PRESETS', 'defaults', 'Adversary', 'AdvAnchorConfig', 'AdvAnchor']
 
 # %% ../../nbs/methods/advanchor.ipynb #c003
 ADV = {"adv1": "predictions", "adv2": "changes of the prediction against the empty prompt"}
@@ -153,10 +153,6 @@ class AdvAnchor(Anchored):
         axes[0].set(title="similarity of anchor and concept to the frozen model (stops at 0)", xlabel="step"); axes[1].set(title="length of the perturbation", xlabel="step")
         return [("anchor", fig)]
 
-PRESETS = {"default": {}, "paper": dict(norm=True), "adv2": dict(anchor_loss="adv2"), "released": dict(product=True, keep_grad=True, positions="words", keep_prompt="painting")}
+PRESETS = {"paper": dict(norm=True), "adv2": dict(anchor_loss="adv2"), "released": dict(product=True, keep_grad=True, positions="words", keep_prompt="painting")}
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> AdvAnchorConfig:
-    "The configuration for a kind of base model, with a preset on top."
-    change = choose("preset", preset, PRESETS)
-    if not erasure.vocabulary.closed: return replace(AdvAnchorConfig(), **change)
-    return replace(AdvAnchorConfig(iterations=200, lr=5e-4, weight=40., lr_schedule="cosine", clip=1., batch_size=8, scope="xattn-kv", num_images=96, anchor_lr=2e-2, anchor_steps=5, positions="tail", keep="drift"), **change)
+defaults = defaults_for(AdvAnchorConfig(), dict(iterations=200, lr=5e-4, weight=40., lr_schedule="cosine", clip=1., batch_size=8, scope="xattn-kv", num_images=96, anchor_lr=2e-2, anchor_steps=5, positions="tail", keep="drift"), PRESETS)

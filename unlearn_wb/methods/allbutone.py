@@ -4,16 +4,15 @@
 
 # %% ../../nbs/methods/allbutone.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
 from ..diffusion import Denoiser
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['AllButOneConfig', 'AllButOne', 'defaults']
+__all__ = ['defaults', 'AllButOneConfig', 'AllButOne']
 
 # %% ../../nbs/methods/allbutone.ipynb #c003
 @dataclass(frozen=True)
@@ -46,8 +45,4 @@ class AllButOne(Anchored):
         plain, told = self.eps(b, self.nothing(b), original=True), self.eps(b, self.far_end(b.other, b.c), original=True)
         return F.mse_loss(self.eps(b), plain + self.config.guide * (told - plain))
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> AllButOneConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0})
-    if not erasure.vocabulary.closed: return AllButOneConfig()
-    return AllButOneConfig(lr=1e-3, iterations=300, num_images=96, scope="xattn-kv", keep="drift", weight=10.)
+defaults = defaults_for(AllButOneConfig(), dict(lr=1e-3, iterations=200, num_images=96, scope="xattn-kv", keep="drift", weight=10.), {})

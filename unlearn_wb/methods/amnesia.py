@@ -4,16 +4,15 @@
 
 # %% ../../nbs/methods/amnesia.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
 from ..diffusion import Denoiser
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['AmnesiaConfig', 'Amnesia', 'defaults']
+__all__ = ['defaults', 'AmnesiaConfig', 'Amnesia']
 
 # %% ../../nbs/methods/amnesia.ipynb #c003
 @dataclass(frozen=True)
@@ -56,7 +55,4 @@ class Amnesia(Anchored):
         replay = super().retaining_loss(batch)
         return self.config.ewc / 2 * springs + (replay if replay is not None else 0.)
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> AmnesiaConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    return AmnesiaConfig(lr=1e-3, iterations=400, num_images=96, scope="xattn-kv", ewc=1e-2) if erasure.vocabulary.closed else AmnesiaConfig()
+defaults = defaults_for(AmnesiaConfig(), dict(lr=1e-3, iterations=400, num_images=96, scope="xattn-kv", ewc=1e-2))

@@ -7,14 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
-from ..concepts import Cache, Erasure, bank, check_prompts
+from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
 from ..diffusion import Denoiser, add_noise, denoise, embed_each, sample, seeded
 from ..scopes import ADAPTED, SCOPES, Adapters, Moved, choose
 from ..surgery import RULES, Combiner
 
 # %% auto #0
-__all__ = ['IMAGES', 'KEEPS', 'ANCHORS', 'MethodConfig', 'paint_bank', 'text_states', 'PromptedLatents', 'Noised', 'Anchored',
-           'try_out']
+__all__ = ['IMAGES', 'KEEPS', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'paint_bank', 'text_states', 'PromptedLatents',
+           'Noised', 'Anchored', 'try_out']
 
 # %% ../../nbs/methods/anchored.ipynb #c005
 @dataclass(frozen=True)
@@ -54,6 +54,21 @@ KEEPS = {"images": "DoCo Eq. 9: the diffusion loss on images of the anchor and t
 ANCHORS = {"prompt": "a word, or a description", "nothing": "the empty prompt", "adversarial": "AdvAnchor: found while training"}
 
 # %% ../../nbs/methods/anchored.ipynb #c007
+SCALE = ("lr", "num_images")
+
+def defaults_for(config,  # the paper's configuration, or a function of the erasure that gives it
+                 sandbox: dict,  # what is changed for the sandbox
+                 presets: dict | None = None):  # name -> further changes; {"paper": {}} when not given
+    "A method's `defaults(model, erasure, preset)`."
+    known = {"default": {}} | ({"paper": {}} if presets is None else presets)
+    def defaults(model: Denoiser, erasure: Erasure, preset: str = "default"):
+        "The configuration for a kind of base model, with a preset on top."
+        change, start = choose("preset", preset, known), config(erasure) if callable(config) else config
+        tuned = {k: v for k, v in sandbox.items() if preset != "paper" or k in SCALE} if erasure.vocabulary.closed else {}
+        return replace(start, **{**tuned, **change})
+    return defaults
+
+# %% ../../nbs/methods/anchored.ipynb #c009
 def paint_bank(model: Denoiser, prompts: list[str], n: int, seed: int, cache: Cache | None = None, callback=None, **kw):
     "Latents (n,C,h,w) that the model paints for the prompts in turn, and which prompt each one is of."
     which = torch.arange(n) % len(prompts)
@@ -81,7 +96,7 @@ class Noised:
     z: torch.Tensor | None = None  # what D saw of the target side
     which: torch.Tensor | None = None  # number of each prompt in its bank
 
-# %% ../../nbs/methods/anchored.ipynb #c009
+# %% ../../nbs/methods/anchored.ipynb #c011
 class Anchored:
     "A gradient method on pairs of target and anchor prompts; a subclass says what the pull is."
     name = "anchored"
@@ -118,6 +133,15 @@ class Anchored:
             cut = lambda module, args, out: torch.cat([out[:, :1].detach(), out[:, 1:]], 1)
             for name, module in model.unet.named_modules():
                 if name.endswith(("attn2.to_k", "attn2.to_v")): module.register_forward_hook(cut)
+
+    def own_tokens(self, tail: bool = False) -> torch.Tensor:  # (P,L)
+        "1 where a target prompt has the concept's own tokens, anywhere and every time (with `tail`: and everything behind the last)."
+        out = torch.zeros(len(self.target_states), self.model.max_tokens)
+        for k, (prompt, e) in enumerate((p, e) for b, e in zip(self.banks, self.erasures) for p in b.target):
+            spans = token_spans(self.model, prompt, e.target)
+            for span in spans: out[k, span] = 1
+            if tail: out[k, spans[-1][-1]:] = 1
+        return out.to(self.model.device)
 
     def moving(self): return Adapters(self.model.unet, self.config.scope, self.config.rank, self.config.seed) if self.config.scope in ADAPTED else Moved(self.model.unet, self.config.scope)
     def make_banks(self) -> list: return [bank(e, -(-self.config.prompts // len(self.erasures)), self.config.seed) for e in self.erasures]
@@ -180,7 +204,7 @@ class Anchored:
     def load_state(self, saved: dict[str, torch.Tensor]):
         if self.adversary: self.adversary.load_state(saved)
 
-# %% ../../nbs/methods/anchored.ipynb #c011
+# %% ../../nbs/methods/anchored.ipynb #c013
 def try_out(make, config, concept: str = "van gogh", steps: int = 40):
     "Train a method for a few steps on the sandbox. Returns the method, its trace (a DataFrame) and a before/after figure."
     import pandas as pd

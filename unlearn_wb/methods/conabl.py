@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
 from ..diffusion import Denoiser
-from .anchored import Anchored, MethodConfig
+from .anchored import Anchored, MethodConfig, defaults_for
 from ..scopes import choose
 
 # %% auto #0
-__all__ = ['TARGETS', 'ConAblConfig', 'ConAbl', 'defaults']
+__all__ = ['TARGETS', 'defaults', 'ConAblConfig', 'ConAbl']
 
 # %% ../../nbs/methods/conabl.ipynb #c003
 @dataclass(frozen=True)
@@ -41,7 +41,4 @@ class ConAbl(Anchored):
             with torch.no_grad(): goal = self.eps(b, b.other)
         return F.mse_loss(self.eps(b), goal)
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> ConAblConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    return ConAblConfig(lr=1e-3, iterations=400, num_images=96, weight=3.) if erasure.vocabulary.closed and preset == "default" else ConAblConfig()
+defaults = defaults_for(ConAblConfig(), dict(lr=1e-3, iterations=200, num_images=96, weight=3.))

@@ -4,18 +4,17 @@
 
 # %% ../../nbs/methods/esd.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
 from ..diffusion import Denoiser
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 from ..concepts import BadConcept, bank, noun_phrase
 from .anchored import text_states
 
 # %% auto #0
-__all__ = ['ESDConfig', 'ESD', 'defaults']
+__all__ = ['defaults', 'ESDConfig', 'ESD']
 
 # %% ../../nbs/methods/esd.ipynb #c003
 @dataclass(frozen=True)
@@ -57,9 +56,5 @@ class ESD(Anchored):
         c, goal = self.goal(batch[0])
         return F.mse_loss(self.eps(batch[0], c), goal)
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> ESDConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    config = ESDConfig(scope="xattn" if erasure.kind == "style" else "noxattn")
-    if not erasure.vocabulary.closed: return config
-    return replace(config, lr=1e-3) if preset == "paper" else replace(config, scope="xattn-kv", lr=1e-3, lr_schedule="cosine", batch_size=8, clip=1., iterations=300, num_images=96, images="target", keep="drift", weight=10., eta=1.)
+defaults = defaults_for(lambda e: ESDConfig(scope="xattn" if e.kind == "style" else "noxattn"),
+                        dict(scope="xattn-kv", lr=1e-3, lr_schedule="cosine", batch_size=8, clip=1., iterations=300, num_images=96, images="target", keep="drift", weight=10., eta=1.))

@@ -4,16 +4,15 @@
 
 # %% ../../nbs/methods/fmn.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
-import torch.nn.functional as F
-from ..concepts import Erasure, token_spans
+from ..concepts import Erasure
 from ..diffusion import Denoiser, attention_maps
-from .anchored import Anchored, MethodConfig
+from .anchored import Anchored, MethodConfig, defaults_for
 from ..scopes import choose
 
 # %% auto #0
-__all__ = ['FMNConfig', 'FMN', 'defaults']
+__all__ = ['defaults', 'FMNConfig', 'FMN']
 
 # %% ../../nbs/methods/fmn.ipynb #c003
 @dataclass(frozen=True)
@@ -36,12 +35,7 @@ class FMN(Anchored):
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: FMNConfig, cache=None, callback=None):
         choose("tokens", config.tokens, {"concept": 0, "tail": 0})
         super().__init__(model, erasures, config, cache, callback)
-        self.mine = torch.zeros(len(self.target_states), model.max_tokens)
-        for k, (p, e) in enumerate((p, e) for b, e in zip(self.banks, erasures) for p in b.target):
-            spans = token_spans(model, p, e.target)
-            for span in spans: self.mine[k, span] = 1
-            if config.tokens == "tail": self.mine[k, spans[-1][-1]:] = 1
-        self.mine = self.mine.to(model.device)
+        self.mine = self.own_tokens(config.tokens == "tail")  # (P,L)
 
     def unlearning_loss(self, batch) -> torch.Tensor:
         "Mean squared attention probability on the concept's tokens, over layers, heads and places."
@@ -50,8 +44,4 @@ class FMN(Anchored):
         where = self.mine[b.which][:, None, None]  # (B,1,1,L)
         return sum((m.square() * where).sum(-1).mean() for m in maps.values()) / len(maps)
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> FMNConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    if not erasure.vocabulary.closed: return FMNConfig()
-    return FMNConfig(iterations=200, lr=1e-3, lr_schedule="cosine", batch_size=8, num_images=96, tokens="tail", keep="drift", weight=30.)
+defaults = defaults_for(FMNConfig(), dict(iterations=300, lr=2e-3, lr_schedule="cosine", batch_size=8, num_images=96, tokens="tail", keep="drift", weight=30.))

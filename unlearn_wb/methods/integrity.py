@@ -4,16 +4,15 @@
 
 # %% ../../nbs/methods/integrity.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
 from ..diffusion import Denoiser
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['IntegrityConfig', 'SaddleConfig', 'Saddle', 'OVWConfig', 'OVW', 'saddle_defaults', 'ovw_defaults']
+__all__ = ['saddle_defaults', 'ovw_defaults', 'IntegrityConfig', 'SaddleConfig', 'Saddle', 'OVWConfig', 'OVW']
 
 # %% ../../nbs/methods/integrity.ipynb #c003
 @dataclass(frozen=True)
@@ -92,12 +91,6 @@ class OVW(Anchored):
         far = torch.stack([(mine - self.eps(b, c, original=True)).square().mean((1, 2, 3)) for c in others], 1)  # (B, 2 + negatives)
         return F.cross_entropy(-far / self.config.tau, torch.zeros(len(far), dtype=torch.long, device=far.device))
 
-def saddle_defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> SaddleConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0})
-    return SaddleConfig(lr=1e-3, iterations=300, num_images=96, budget=3e-4, price=10.) if erasure.vocabulary.closed else SaddleConfig()
+saddle_defaults = defaults_for(SaddleConfig(), dict(lr=1e-3, iterations=200, num_images=96, budget=3e-4, price=10.), {})
 
-def ovw_defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> OVWConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0})
-    return OVWConfig(lr=1e-3, iterations=300, num_images=96, weight=60.) if erasure.vocabulary.closed else OVWConfig()
+ovw_defaults = defaults_for(OVWConfig(), dict(lr=1e-3, iterations=200, num_images=96, weight=60.), {})

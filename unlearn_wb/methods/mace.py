@@ -4,16 +4,14 @@
 
 # %% ../../nbs/methods/mace.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
-import torch.nn.functional as F
-from ..concepts import Erasure, token_spans
+from ..concepts import Erasure
 from ..diffusion import Denoiser, attention_maps
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['MACEConfig', 'MACE', 'defaults']
+__all__ = ['defaults', 'MACEConfig', 'MACE']
 
 # %% ../../nbs/methods/mace.ipynb #c003
 @dataclass(frozen=True)
@@ -37,9 +35,7 @@ class MACE(Anchored):
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: MACEConfig, cache=None, callback=None):
         if config.scope != "adapter-kv": raise ValueError(f"scope = {config.scope}; MACE refines keys and values and adapts them: adapter-kv")
         super().__init__(model, erasures, config, cache, callback)
-        self.mine = torch.zeros(len(self.target_states), model.max_tokens, device=model.device)
-        for k, (p, e) in enumerate((p, e) for b, e in zip(self.banks, erasures) for p in b.target):
-            for span in token_spans(model, p, e.target): self.mine[k, span] = 1
+        self.mine = self.own_tokens()  # (P,L)
         self.before_refining = {f"{k}.weight": m.weight.detach().clone() for k, m in self.moved.layers.items()}
         if config.refine: self.refine()
 
@@ -66,8 +62,4 @@ class MACE(Anchored):
         inside = lambda k: (look[k] > self.config.mask * look[k].mean(-1, keepdim=True)).float()[..., None]
         return sum((m.square() * own * inside(k)).sum(-1).mean() for k, m in maps.items()) / len(maps)
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> MACEConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    if not erasure.vocabulary.closed: return MACEConfig()
-    return MACEConfig(lr=5e-3, iterations=100, batch_size=8, num_images=96, keep="drift", weight=10., preserve=1.)
+defaults = defaults_for(MACEConfig(), dict(lr=5e-3, iterations=100, batch_size=8, num_images=96, keep="drift", weight=10., preserve=1.))

@@ -4,16 +4,15 @@
 
 # %% ../../nbs/methods/receler.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from ..concepts import Erasure, token_spans
+from ..concepts import Erasure
 from ..diffusion import Denoiser, attention_maps, seeded
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['RecelerConfig', 'Receler', 'defaults']
+__all__ = ['defaults', 'RecelerConfig', 'Receler']
 
 # %% ../../nbs/methods/receler.ipynb #c003
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class RecelerConfig(MethodConfig):
     iterations: int = 500
     lr: float = 3e-4
     combiner: str = "sum"
-    weight: float = .1  # of the localised regularisation
+    local: float = .1  # weight of the localised regularisation
     scope: str = "eraser"  # low-rank additions to each cross-attention's output
     rank: int = 16
     images: str = "sampled"
@@ -41,12 +40,8 @@ class Receler(Anchored):
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: RecelerConfig, cache=None, callback=None):
         if config.scope != "eraser": raise ValueError(f"scope = {config.scope}; Receler's erasers stand on the cross-attention's output: leave it at eraser")
         super().__init__(model, erasures, config, cache, callback)
-        self.mine = torch.zeros(len(self.target_states), model.max_tokens, device=model.device)
-        self.end = torch.zeros(len(self.target_states), dtype=torch.long)
-        for k, (p, e) in enumerate((p, e) for b, e in zip(self.banks, erasures) for p in b.target):
-            spans = token_spans(model, p, e.target)
-            for span in spans: self.mine[k, span] = 1
-            self.end[k] = min(len(model.tokenizer(p).input_ids), model.max_tokens - config.soft_tokens)
+        self.mine = self.own_tokens()  # (P,L)
+        self.end = torch.tensor([min(len(model.tokenizer(p).input_ids), model.max_tokens - config.soft_tokens) for b in self.banks for p in b.target])  # where the padding begins
         self.soft = .01 * torch.randn(config.soft_tokens, self.target_states.shape[-1], generator=seeded(config.seed, "soft")).to(model.device)
         self.turns = 0
 
@@ -83,7 +78,7 @@ class Receler(Anchored):
         mine = self.eps(b, self.attacked(b) if self.turns > self.config.soft_every and self.turns % 2 else None)
         self.out, self.moved.outputs = self.moved.outputs, None
         loss = F.mse_loss(mine, plain - self.config.eta * (told - plain))
-        return loss + self.config.weight * self.localised(b)
+        return loss + self.config.local * self.localised(b)
 
     def localised(self, b) -> torch.Tensor:
         "Mean square of the eraser's output where the frozen model does not look for the concept."
@@ -100,8 +95,4 @@ class Receler(Anchored):
         super().load_state(saved)
         self.soft, self.turns = saved["soft"].clone(), int(saved["turns"])
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> RecelerConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    if not erasure.vocabulary.closed: return RecelerConfig()
-    return RecelerConfig(lr=3e-3, iterations=300, num_images=96, images="target", keep="drift")
+defaults = defaults_for(RecelerConfig(), dict(lr=1e-2, iterations=300, num_images=96, images="target", keep="drift", weight=10.))

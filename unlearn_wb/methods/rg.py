@@ -4,17 +4,16 @@
 
 # %% ../../nbs/methods/rg.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Bank, Erasure, noun_phrase
 from ..diffusion import Denoiser
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 from ..diffusion import seeded
 
 # %% auto #0
-__all__ = ['GRAMMAR', 'PRESETS', 'known', 'diversify', 'RGConfig', 'RG', 'defaults']
+__all__ = ['GRAMMAR', 'PRESETS', 'defaults', 'known', 'diversify', 'RGConfig', 'RG']
 
 # %% ../../nbs/methods/rg.ipynb #c003
 GRAMMAR = {
@@ -93,10 +92,6 @@ class RG(Anchored):
     def retaining_loss(self, batch):
         return super().retaining_loss(batch) if self.config.forget else None
 
-PRESETS = {"default": {}, "paper": {}, "rgd": dict(diverse=True), "graddiff": dict(combiner="sum"), "finetune": dict(forget=False, combiner="sum")}
+PRESETS = {"paper": {}, "rgd": dict(diverse=True), "graddiff": dict(combiner="sum"), "finetune": dict(forget=False, combiner="sum")}
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> RGConfig:
-    "The configuration for a kind of base model."
-    change = choose("preset", preset, PRESETS)
-    if not erasure.vocabulary.closed: return replace(RGConfig(), **change)
-    return replace(RGConfig(scope="xattn-kv", lr=1e-3, lr_schedule="cosine", iterations=200, num_images=96, weight=5., truncate=.5), **change)
+defaults = defaults_for(RGConfig(), dict(scope="xattn-kv", lr=1e-3, lr_schedule="cosine", iterations=200, num_images=96, weight=5., truncate=.5), PRESETS)

@@ -4,16 +4,15 @@
 
 # %% ../../nbs/methods/salun.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
 from ..diffusion import Denoiser
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['SalUnConfig', 'SalUn', 'defaults']
+__all__ = ['defaults', 'SalUnConfig', 'SalUn']
 
 # %% ../../nbs/methods/salun.ipynb #c003
 @dataclass(frozen=True)
@@ -58,8 +57,4 @@ class SalUn(Anchored):
         with torch.no_grad(): goal = self.eps(b, b.other)
         return F.mse_loss(self.eps(b), goal)
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> SalUnConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    if not erasure.vocabulary.closed: return SalUnConfig()
-    return SalUnConfig(lr=5e-4, lr_schedule="cosine", iterations=300, num_images=96, weight=1.)
+defaults = defaults_for(SalUnConfig(), dict(lr=5e-4, lr_schedule="cosine", iterations=200, num_images=96, weight=1.))

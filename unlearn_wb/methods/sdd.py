@@ -4,16 +4,15 @@
 
 # %% ../../nbs/methods/sdd.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
 from ..diffusion import Denoiser
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['SDDConfig', 'SDD', 'defaults']
+__all__ = ['defaults', 'SDDConfig', 'SDD']
 
 # %% ../../nbs/methods/sdd.ipynb #c003
 @dataclass(frozen=True)
@@ -54,9 +53,4 @@ class SDD(Anchored):
         super().load_state(saved)
         for k in self.teacher: self.teacher[k] = saved["teacher." + k].clone()
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> SDDConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    config = SDDConfig()
-    if not erasure.vocabulary.closed: return config
-    return replace(config, lr=1e-3) if preset == "paper" else replace(config, scope="xattn-kv", lr=2e-3, lr_schedule="cosine", iterations=300, num_images=96, images="target", keep="drift", weight=1.)
+defaults = defaults_for(SDDConfig(), dict(scope="xattn-kv", lr=2e-3, lr_schedule="cosine", iterations=300, num_images=96, images="target", keep="drift", weight=1.))

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from ..concepts import Erasure
 from ..diffusion import Denoiser, seeded
-from .anchored import Anchored, MethodConfig
-from ..scopes import choose
+from .anchored import Anchored, MethodConfig, defaults_for
 from contextlib import contextmanager
 
 # %% auto #0
-__all__ = ['SPMConfig', 'SPM', 'compose', 'defaults']
+__all__ = ['defaults', 'SPMConfig', 'SPM', 'compose']
 
 # %% ../../nbs/methods/spm.ipynb #c003
 @dataclass(frozen=True)
@@ -94,8 +93,4 @@ def compose(base: dict[str, torch.Tensor], results: list[dict[str, torch.Tensor]
         for k, w in r.items(): out[k] += s * (w - base[k])
     return out
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> SPMConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    if not erasure.vocabulary.closed: return SPMConfig()
-    return SPMConfig(lr=5e-3, iterations=300, batch_size=8, num_images=96, images="target", weight=10., rank=4, eta=.5, keep="drift")
+defaults = defaults_for(SPMConfig(), dict(lr=1e-2, iterations=200, batch_size=8, num_images=96, images="target", weight=3., rank=4, eta=.5, keep="drift"))

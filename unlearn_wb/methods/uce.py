@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
 from ..diffusion import Denoiser, embed_each
+from .anchored import defaults_for
 from ..scopes import Moved, choose
 
 # %% auto #0
-__all__ = ['UCEConfig', 'pairs', 'UCE', 'defaults']
+__all__ = ['defaults', 'UCEConfig', 'pairs', 'UCE']
 
 # %% ../../nbs/methods/uce.ipynb #c005
 @dataclass(frozen=True)
@@ -72,7 +73,4 @@ class UCE:
         for w in self.params.values(): w.copy_((w.double() @ change).to(w))
         return {"relative change": float(sum((w - self.moved.start[k]).square().sum() for k, w in self.params.items()) / sum(w.square().sum() for w in self.moved.start.values())) ** .5}
 
-def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> UCEConfig:
-    "The configuration for a kind of base model."
-    choose("preset", preset, {"default": 0, "paper": 0})
-    return UCEConfig(tokens="tail", prompts=100) if erasure.vocabulary.closed and preset == "default" else UCEConfig()
+defaults = defaults_for(UCEConfig(), dict(tokens="tail", prompts=100))
