@@ -10,7 +10,7 @@ from torch import nn
 from .scopes import choose
 
 # %% auto #0
-__all__ = ['ADVERSARIAL', 'depth_for', 'PatchGAN', 'accuracy', 'frozen']
+__all__ = ['NORMS', 'ADVERSARIAL', 'depth_for', 'PatchGAN', 'accuracy', 'frozen']
 
 # %% ../nbs/lib/06_discriminator.ipynb #c005
 def depth_for(size: int,  # latent side
@@ -23,8 +23,7 @@ def depth_for(size: int,  # latent side
     if not fits: raise ValueError(f"latents of side {size} are too small for a PatchGAN; at least {4 if last == 2 else 6} are needed")
     return max(fits)
 
-def _norm(kind, channels):
-    return choose("norm", kind, {"group": lambda: nn.GroupNorm(min(8, channels), channels), "batch": lambda: nn.BatchNorm2d(channels), "none": nn.Identity})()
+NORMS = {"group": lambda channels: nn.GroupNorm(min(8, channels), channels), "batch": nn.BatchNorm2d, "none": lambda channels: nn.Identity()}
 
 class PatchGAN(nn.Module):
     "Latents (B,C,H,W) to logits (B,1,h,w), one a patch; positive says *anchor*."
@@ -40,7 +39,7 @@ class PatchGAN(nn.Module):
         widths = [channels] + [width * min(2 ** i, 8) for i in range(n)]
         layers = []
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
-            layers += [nn.Conv2d(a, b, 4, 2, 1), nn.Identity() if i == 0 else _norm(norm, b), nn.LeakyReLU(.2)]
+            layers += [nn.Conv2d(a, b, 4, 2, 1), nn.Identity() if i == 0 else choose("norm", norm, NORMS)(b), nn.LeakyReLU(.2)]
         self.net = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, last, 1))
 
     def forward(self, z): return self.net(z)

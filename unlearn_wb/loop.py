@@ -5,7 +5,7 @@
 # %% ../nbs/lib/07_loop.ipynb #c002
 from __future__ import annotations
 import math, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator, Protocol
 import torch
 from torch import nn
@@ -72,11 +72,25 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.params, lr=method.lr, weight_decay=method.weight_decay)
         self.gradients = Gradients(self.params)
         self.total = method.iterations
-        self.controls = {"lr": method.lr}  # what a dashboard may turn while the loop runs
+        self.combiner = method.combiner
+        self.controls = {"lr": float(method.lr), "lam": float(self.combiner.lam), "weight": float(self.combiner.weight)}  # what may be turned while the loop runs
+        self.events, self.layers = [], []  # what was turned since the last step; (step, angle of each parameter) where `watch_layers` is on
+        self.watch_layers = False
+
+    def turn(self, name: str,  # lr, lam or weight
+             value: float):
+        "Set a control from the next step on; that step's row says so, and a checkpoint keeps it. Raises `ValueError`."
+        choose("control", name, self.controls)
+        if not (math.isfinite(value) and value >= 0): raise ValueError(f"{name} = {value}; a number of at least 0 is needed")
+        self.controls[name] = float(value)
+        self.events.append(f"{name} = {value:g}")
+        self._set()
+
+    def _set(self): self.combiner = replace(self.method.combiner, lam=self.controls["lam"], weight=self.controls["weight"])
 
     def state(self) -> dict[str, torch.Tensor]:
         "Everything that decides the rest of the run, as flat tensors."
-        out = {"step": torch.tensor(self.step)}
+        out = {"step": torch.tensor(self.step)} | {"control." + k: torch.tensor(v, dtype=torch.float64) for k, v in self.controls.items()}
         for k, p in self.method.params.items():
             out["weight." + k] = p.detach()
             for name, v in self.optimizer.state.get(p, {}).items(): out[f"adam.{name}.{k}"] = v
@@ -85,6 +99,8 @@ class Trainer:
     def load_state(self, saved: dict[str, torch.Tensor]):
         "Continue from `state()`."
         self.step = int(saved["step"])
+        self.controls |= {k: float(saved["control." + k]) for k in self.controls if "control." + k in saved}
+        self._set()
         with torch.no_grad():
             for k, p in self.method.params.items():
                 p.copy_(saved["weight." + k])
@@ -103,7 +119,8 @@ class Trainer:
         g.into("u")
         loss_u = m.unlearning_loss(batch)
         loss_u.backward()
-        stats = m.combiner(g.views["u"], g.views["r"])
+        stats = (replace(self.combiner, keep_angles=True) if self.watch_layers else self.combiner)(g.views["u"], g.views["r"])
+        if stats.angles: self.layers.append((self.step + 1, stats.angles))
         norm = float(nn.utils.clip_grad_norm_(self.params, m.clip if m.clip else math.inf))  # once, after the projection
         lr = self.controls["lr"] * self.schedule((self.step - m.warmup) / max(1, self.total - m.warmup))
         for group in self.optimizer.param_groups: group["lr"] = lr
@@ -121,6 +138,7 @@ class Trainer:
             bad = [k for k, v in values.items() if k.startswith("loss") and not math.isfinite(v) and not (k == "loss_r" and math.isnan(v))]
             if bad: raise FloatingPointError(f"{bad[0]} is {values[bad[0]]} at step {self.step + 1}; lower lr or disc_lr, or use precision fp32")
             self.step += 1
+            if self.events: values["event"], self.events = ", ".join(self.events), []
             yield Step(self.step, self.total, "warm-up" if warm else "unlearn", values | {"seconds": time.perf_counter() - began})
 
 def unlearn(method: GradientMethod,  # what to train

@@ -10,8 +10,9 @@ import matplotlib.pyplot as plt
 from .metrics import wilson
 
 # %% auto #0
-__all__ = ['COLOURS', 'CYCLE', 'MARKERS', 'show_images', 'plot_similarity', 'plot_discriminator', 'plot_angles', 'plot_losses',
-           'plot_logits', 'plot_rates', 'plot_linked', 'plot_methods', 'plot_board', 'live_figure', 'update_live']
+__all__ = ['COLOURS', 'CYCLE', 'MARKERS', 'show_images', 'plot_similarity', 'turned', 'plot_discriminator', 'plot_angles',
+           'plot_losses', 'plot_logits', 'plot_rates', 'plot_linked', 'plot_methods', 'plot_board', 'short_layer',
+           'plot_layers', 'plot_patches', 'plot_embedding', 'plot_traces', 'live_figure', 'update_live']
 
 # %% ../nbs/lib/11_plots.ipynb #c005
 COLOURS = {"u": "#d55e00", "r": "#0072b2", "d": "#009e73", "anchor": "#0072b2", "target": "#d55e00", "grey": "#777777",
@@ -65,6 +66,11 @@ def plot_similarity(e, ax=None, top: int = 9):
 def _shade(ax, trace):
     warm = int((trace.phase == "warm-up").sum())
     if warm: ax.axvspan(.5, warm + .5, color="#f0e442", alpha=.35, lw=0, label="warm-up (D only)")
+    for step, what in turned(trace): ax.axvline(step, c="k", lw=.8, ls="-."), ax.annotate(what, (step, 1), xycoords=("data", "axes fraction"), xytext=(2, -8), textcoords="offset points", fontsize=7)
+
+def turned(trace) -> list[tuple[int, str]]:
+    "What a person turned while the run went on: (step, 'lr = 0.001')."
+    return [(int(r.step), r.event) for r in trace[trace.event.notna()].itertuples()] if "event" in trace else []
 
 def _smooth(y, k=15):
     return y.rolling(k, min_periods=1, center=True).mean()
@@ -185,19 +191,78 @@ def plot_board(table, ax=None):
     return ax.figure
 
 # %% ../nbs/lib/11_plots.ipynb #c012
-_LIVE = (("loss_d", "D loss", 1, 1, COLOURS["d"]), ("d_acc", "D accuracy", 1, 1, "#56b4e9"), ("loss_u", "unlearning loss", 1, 2, COLOURS["u"]), ("loss_r", "retaining loss", 1, 2, COLOURS["r"]))
+def short_layer(name: str) -> str:
+    "`down_blocks.1.attentions.0...attn2.to_k.weight` as `down 1.0 to_k`: a parameter's place, readably."
+    parts = name.split(".")
+    block = parts[0].removesuffix("_block").removesuffix("_blocks")
+    numbers = ".".join(x for x in parts[1:4] if x.isdigit())
+    return f"{block} {numbers} {next((x for x in reversed(parts) if x.startswith('to_')), parts[-2] if len(parts) > 1 else '')}".replace("  ", " ").strip()
+
+def plot_layers(layers: list, names: list[str], ax=None, most: int = 40):
+    "Angle between Gu and Gr by layer (rows) and step (columns): white at 90 degrees, orange where they conflict."
+    ax = ax or plt.subplots(figsize=(8, min(9, .17 * len(names) + 1.2)), layout="constrained")[1]
+    each = max(1, -(-len(names) // most))
+    grid = np.array([angles for _, angles in layers], float).T[::each]
+    picture = ax.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=0, vmax=180, extent=(layers[0][0] - .5, layers[-1][0] + .5, len(grid) - .5, -.5), interpolation="nearest")
+    ax.set(yticks=range(len(grid)), xlabel="step", title="angle between $G_u$ and $G_r$ by layer")
+    ax.set_yticklabels([short_layer(n) for n in names[::each]], fontsize=6)
+    ax.figure.colorbar(picture, ax=ax, ticks=(0, 45, 90, 135, 180), label="degrees (above 90: conflict)")
+    return ax.figure
+
+def plot_patches(images, logits, names=None, size: float = 1.5):
+    "The discriminator's opinion of each patch over the image: blue 'anchor', orange 'target'. Images (N,3,H,W) in [0,1], logits (N,1,h,w)."
+    n, top = len(images), max(1e-6, float(logits.abs().max()))
+    fig, axes = plt.subplots(2, n, figsize=(size * n + .8, 2 * size + .5), squeeze=False, layout="constrained")
+    for k in range(n):
+        picture = images[k].permute(1, 2, 0).clamp(0, 1).numpy()
+        for ax in axes[:, k]: ax.imshow(picture, extent=(0, 1, 1, 0)), ax.set_xticks([]), ax.set_yticks([])
+        seen = axes[1, k].imshow(logits[k, 0].numpy(), cmap="PuOr", vmin=-top, vmax=top, alpha=.65, extent=(0, 1, 1, 0), interpolation="nearest")
+        if names: axes[0, k].set_title("\n".join(_wrap(names[k], 18)), fontsize=8)
+    fig.colorbar(seen, ax=axes, label="D's logit (up: looks like the anchor)", shrink=.8)
+    return fig
+
+def plot_embedding(points: dict, path, start: str, ax=None):
+    "Text embeddings in the plane of their two largest principal components, and where a perturbed concept went. points: name -> (D,); path (n,D), the first being the concept itself."
+    ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
+    x = np.stack([np.asarray(v, float) for v in points.values()])
+    centre = x.mean(0)
+    _, _, axes = np.linalg.svd(x - centre, full_matrices=False)
+    flat, way = (x - centre) @ axes[:2].T, (np.asarray(path, float) - centre) @ axes[:2].T
+    for (name, _), (a, b) in zip(points.items(), flat):
+        ax.plot(a, b, "o", ms=6 if name == start else 4, c=COLOURS["u"] if name == start else "#999999")
+        ax.annotate(name, (a, b), xytext=(4, 2), textcoords="offset points", fontsize=7)
+    ax.plot(*way.T, "-", c=COLOURS["d"], lw=1); ax.plot(*way[-1], "D", c=COLOURS["d"], label=f"'{start}' perturbed")
+    ax.set(xlabel="first principal component", ylabel="second"); ax.legend(frameon=False, fontsize=8)
+    return ax.figure
+
+def plot_traces(traces: dict, key: str = "loss_u", ax=None):
+    "One column of several runs' traces over each other: name -> DataFrame."
+    ax = ax or plt.subplots(figsize=(8, 3.2), layout="constrained")[1]
+    for k, (name, t) in enumerate(traces.items()):
+        if key in t and t[key].notna().any(): ax.plot(t.step, _smooth(t[key]), ("-", "--", ":", "-.")[k % 4], c=CYCLE[k % len(CYCLE)], label=name)
+    ax.set(xlabel="step", ylabel=f"{key} (mean of 15 steps)")
+    if ax.lines: ax.legend(frameon=False, fontsize=8)
+    else: ax.text(.5, .5, f"none of these runs has {key}", ha="center", transform=ax.transAxes)
+    return ax.figure
+
+# %% ../nbs/lib/11_plots.ipynb #c016
+_LIVE = (("loss_d", "D loss", 1, COLOURS["d"], "solid"), ("d_acc", "D accuracy", 1, "#56b4e9", "dash"), ("loss_u", "unlearning loss", 2, COLOURS["u"], "solid"), ("loss_r", "retaining loss", 2, COLOURS["r"], "dash"), ("norm_u", "|Gu|", 3, COLOURS["u"], "solid"), ("norm_r", "|Gr|", 3, COLOURS["r"], "dash"))
 
 def live_figure(figure=None):
-    "Discriminator, losses and angle histogram as one plotly figure (a `Figure`, or the `FigureWidget` class given)."
+    "Discriminator, losses, gradient norms and angle histogram as one plotly figure (a `Figure`, or the `FigureWidget` class given)."
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
-    fig = make_subplots(1, 3, subplot_titles=("discriminator", "losses", "angle between Gu and Gr"))
-    for _, name, r, c, colour in _LIVE: fig.add_trace(go.Scatter(x=[], y=[], name=name, line=dict(color=colour)), r, c)
-    fig.add_trace(go.Histogram(x=[], name="angle", xbins=dict(start=0, end=180, size=5), marker_color=COLOURS["r"]), 1, 3)
-    fig.add_vline(x=90, line_dash="dash", row=1, col=3)
+    fig = make_subplots(1, 4, subplot_titles=("discriminator", "losses", "gradient norms", "angle Gu, Gr"))
+    for _, name, c, colour, dash in _LIVE: fig.add_trace(go.Scatter(x=[], y=[], name=name, line=dict(color=colour, dash=dash)), 1, c)
+    for name, colour, pattern in (("agree", COLOURS["r"], ""), ("conflict", COLOURS["u"], "/")):
+        fig.add_trace(go.Histogram(x=[], name=name, xbins=dict(start=0, end=180, size=5), marker=dict(color=colour, pattern=dict(shape=pattern))), 1, 4)
+    fig.add_shape(type="rect", xref="x", yref="y domain", x0=0, x1=0, y0=0, y1=1, fillcolor="#f0e442", opacity=.35, line_width=0, layer="below")  # the warm-up
+    fig.add_vline(x=90, line_dash="dash", row=1, col=4)
     fig.add_hline(y=.5, line_dash="dot", row=1, col=1)
-    fig.update_xaxes(range=[0, 180], row=1, col=3)
-    fig.update_layout(height=320, margin=dict(l=30, r=10, t=40, b=30), legend=dict(orientation="h"))
+    fig.update_xaxes(title_text="step")
+    fig.update_xaxes(range=[0, 180], title_text="degrees", row=1, col=4)
+    fig.update_yaxes(type="log", row=1, col=3)
+    fig.update_layout(height=340, barmode="stack", margin=dict(l=30, r=10, t=40, b=30), legend=dict(orientation="h", y=-.25))
     return figure(fig) if figure else fig
 
 def update_live(fig, trace):
@@ -206,6 +271,8 @@ def update_live(fig, trace):
         if key not in trace: continue
         there = trace[trace[key].notna()]  # JSON has no nan
         data.update(x=there.step.tolist(), y=there[key].tolist())
+    fig.layout.shapes[0].x1 = int((trace.phase == "warm-up").sum())
     if "angle" in trace:
-        fig.data[4].x = trace.angle.dropna().tolist()
-        fig.layout.annotations[2].text = f"angle between Gu and Gr: {(trace.angle.dropna() > 90).mean():.0%} in conflict"
+        angles = trace.angle.dropna()
+        fig.data[6].x, fig.data[7].x = angles[angles <= 90].tolist(), angles[angles > 90].tolist()
+        fig.layout.annotations[3].text = f"angle Gu, Gr: {(angles > 90).mean():.0%} in conflict" if len(angles) else "angle Gu, Gr"

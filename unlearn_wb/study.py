@@ -17,7 +17,6 @@ from .loop import unlearn
 from .metrics import PerceptualDistance, SandboxJudge, judge_for, wilson
 from .reference import reference_for
 from .registry import METHODS
-from .runs import BadParameter
 from .scopes import choose
 from .workbench import read_options, split_names
 
@@ -86,12 +85,13 @@ def read_study(path: str | Path):
     import pandas as pd
     return pd.read_csv(path) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "worst", "I", "seconds", "threads"])
 
-def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback: Callable | None = print, **settings):
+def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback: Callable | None = print,
+         backwards: bool = False,  # from the end of the list: for a second process
+         **settings):
     "Run the jobs (variant, concept, seed) that the file lacks, adding each one's rows when it ends. The whole table."
     import pandas as pd
-    path, shift = Path(path), int(torch.randint(len(jobs), (), generator=torch.Generator().manual_seed(time.time_ns() % 2**31))) if len(jobs) else 0
-    began, did = time.time(), 0
-    for k, job in enumerate(jobs):
+    path, began, did = Path(path), time.time(), 0
+    for k, job in enumerate(jobs[::-1] if backwards else jobs):
         table = read_study(path)
         if (table[KEYS].astype(str) == list(map(str, job))).all(axis=1).any(): continue
         rows = run(*job, **settings)

@@ -4,70 +4,137 @@
 
 # %% ../nbs/lib/12_widgets.ipynb #c002
 from __future__ import annotations
-import asyncio, os, sys, time
+import asyncio, html, math, os, sys, time
+from typing import Callable
 import pandas as pd
 from .loop import Step
-from .plots import live_figure, update_live
+from .plots import live_figure, plot_layers, update_live
 
 # %% auto #0
-__all__ = ['someone_watches', 'Watch', 'Progress', 'browse_front']
+__all__ = ['SHARE', 'someone_watches', 'png', 'sentence', 'Watch', 'Progress', 'browse_front']
 
 # %% ../nbs/lib/12_widgets.ipynb #c004
 def someone_watches() -> bool:
     "Whether a browser is looking at this kernel."
-    return bool(os.environ.get("JPY_SESSION_NAME")) and "ipykernel" in sys.modules
+    return bool(os.environ.get("JPY_SESSION_NAME") or os.environ.get("VOILA_REQUEST_URL")) and "ipykernel" in sys.modules
+
+def png(fig, dpi: int = 80) -> bytes:
+    "A matplotlib figure as a picture; the figure is closed."
+    import io
+    import matplotlib.pyplot as plt
+    out = io.BytesIO()
+    fig.savefig(out, format="png", dpi=dpi)
+    plt.close(fig)
+    return out.getvalue()
+
+def sentence(error: BaseException) -> str:
+    "An error as it is told everywhere: its sentence, or its kind where it has none."
+    return str(error) or type(error).__name__
+
+SHARE = .04  # of the training time that figures may cost, and as much again for pictures: together below a tenth
 
 class Watch:
-    "Reads a stream of steps: a progress bar everywhere; in JupyterLab also live figures with pause and stop."
-    def __init__(self, total: int, rows: list[dict] | None = None, every: float = 1.):
-        self.rows, self.total, self.every = list(rows or []), total, every
-        self.stopped = self.paused = False
-        self.live, self._last = someone_watches(), 0.
-        self._make_live() if self.live else self._make_bar()
+    "Reads a stream of steps: a progress bar everywhere; in a browser also live figures, pictures, and buttons to pause, step and stop."
+    def __init__(self, total: int, rows: list[dict] | None = None,
+                 trainer=None,  # the loop's `Trainer`, for what can be turned and seen by layer
+                 pictures: Callable | None = None,  # draws a figure of the model as it is now
+                 sliders: bool = False,  # offer lr, lambda and the weight: only where no cell is running
+                 show: bool = True):  # display now; False leaves `widget` to the caller
+        self.rows, self.total, self.trainer, self.pictures, self.sliders = list(rows or []), total, trainer, pictures, sliders
+        self.stopped = self.paused = self.single = False
+        self.trained, self.spent, self.last = 0., {"figure": 0., "pictures": 0.}, {"figure": .2, "pictures": 1.}  # seconds; the last two are guesses until the first drawing
+        self.live = someone_watches() or not show
+        self._make_live(show) if self.live else self._make_bar()
 
     def _make_bar(self):
         from tqdm import tqdm
         self.bar = tqdm(total=self.total, initial=len(self.rows), desc="training", unit="step", file=sys.stdout, mininterval=5, ncols=100)
 
-    def _make_live(self):
+    def _make_live(self, show):
         import ipywidgets as w
         import plotly.graph_objects as go
         from IPython.display import display
         self.fig = live_figure(go.FigureWidget)
-        self.progress, self.note = w.IntProgress(max=self.total, value=len(self.rows), layout=dict(width="45%")), w.Label("starting")
-        self.pause, self.stop = w.Button(description="Pause", icon="pause", tooltip="hold after this step, or go on"), w.Button(description="Stop", icon="stop", tooltip="finish this step and leave")
-        self.pause.on_click(lambda _: self._toggle())  # clicks are messages of their own; a toggle's state would wait for the cell to end
-        self.stop.on_click(lambda _: setattr(self, "stopped", True))
-        display(w.VBox([w.HBox([self.progress, self.pause, self.stop, self.note]), self.fig]))
+        self.progress, self.note = w.IntProgress(max=self.total, value=len(self.rows), layout=dict(width="30%")), w.HTML("starting")
+        button = lambda text, icon, tip, act: (b := w.Button(description=text, icon=icon, tooltip=tip, layout=dict(width="7em")), b.on_click(lambda _: act()))[0]
+        self.pause, self.step = button("Pause", "pause", "hold after this step, or go on", self._toggle), button("Step", "step-forward", "while paused: one step", lambda: setattr(self, "single", True))
+        self.stop, self.by_layer = button("Stop", "stop", "finish this step, save and leave", lambda: setattr(self, "stopped", True)), button("By layer", "th", "angles between the gradients by layer", self._layers)
+        self.picture, self.heat = w.Image(format="png", layout=dict(max_width="100%", display="none")), w.Image(format="png", layout=dict(max_width="100%", display="none"))
+        self.turners = {}
+        for name, value in (self.trainer.controls if self.sliders else {}).items():
+            low, high = (math.log10(value) - 2, math.log10(value) + 2) if value > 0 else (-3, 2)
+            self.turners[name] = w.FloatLogSlider(value=value or 10 ** low, min=low, max=high, step=.05, description=name, readout_format=".2e", continuous_update=False, tooltip=f"{name} from the next step on; the trace records it")
+            self.turners[name].observe(lambda change, name=name: self._turn(name, change["new"]), "value")
+        self.widget = w.VBox([w.HBox([self.progress, self.pause, self.step, self.stop, self.by_layer]), self.note, *([w.HBox(list(self.turners.values()), layout=dict(flex_flow="row wrap"))] if self.turners else []), self.fig, self.picture, self.heat])
+        if self.rows: update_live(self.fig, pd.DataFrame(self.rows))
+        if show: display(self.widget)
+
+    def open(self):
+        "The first pictures, before the clock runs."
+        if self.live and self.pictures: self._paint()
 
     def update(self, step: Step) -> bool:
         "Take in one step; False when the person asked to stop."
         self.rows.append(step.row())
+        self.trained += step.values.get("seconds", 0.)
         if not self.live:
             v = step.values
             self.bar.set_postfix({"phase": step.phase, "D acc": f"{v.get('d_acc', float('nan')):.2f}"}, refresh=False)
             self.bar.update()
-        elif time.monotonic() - self._last > self.every or step.done: self._show(step)
+            return True
+        if self._affordable("figure") or step.done: self._timed("figure", lambda: self._show(step))
+        if self.pictures and (self._affordable("pictures") or step.done): self._timed("pictures", self._paint)
         return not self.stopped
+
+    def _affordable(self, what) -> bool: return self.spent[what] + self.last[what] <= SHARE * self.trained
+
+    def _timed(self, what, draw):
+        began = time.perf_counter()
+        draw()
+        self.last[what] = time.perf_counter() - began
+        self.spent[what] += self.last[what]
+
+    @property
+    def cost(self) -> float:
+        "What drawing has cost, as a share of the training time."
+        return sum(self.spent.values()) / self.trained if self.trained else 0.
 
     def _toggle(self):
         self.paused = not self.paused
         self.pause.description, self.pause.icon = ("Resume", "play") if self.paused else ("Pause", "pause")
 
+    def _turn(self, name, value):
+        try: self.trainer.turn(name, value)
+        except ValueError as e: self.say(sentence(e), wrong=True)
+
+    def _layers(self):
+        if self.trainer is None: return
+        self.trainer.watch_layers = True
+        if not self.trainer.layers: return self.say("the angles of each layer are recorded from the next step on; press again to see them")
+        self.heat.value, self.heat.layout.display = png(plot_layers(self.trainer.layers, list(self.trainer.method.params))), ""
+
     async def turn(self):
-        "Let the buttons act: the kernel takes in widget messages while a cell awaits. Holds while paused."
-        await asyncio.sleep(0)
-        while self.paused and not self.stopped: await asyncio.sleep(.05)
+        "Let the buttons act: the kernel takes in a page's messages while something awaits. Holds while paused, but for single steps."
+        await asyncio.sleep(.001)
+        while self.paused and not self.stopped and not self.single: await asyncio.sleep(.05)
+        self.single = False
+
+    def say(self, text: str, wrong: bool = False):
+        "One line under the progress bar."
+        mark = "<b style='color:#b00'>&#9888; " if wrong else "<span role='status'>"
+        self.note.value = f"{mark}{html.escape(text)}{'</b>' if wrong else '</span>'}"
 
     def _show(self, step):
         with self.fig.batch_update(): update_live(self.fig, pd.DataFrame(self.rows))
-        self.progress.value, self._last = step.index, time.monotonic()
+        self.progress.value = step.index
         left = (step.total - step.index) * pd.Series([r["seconds"] for r in self.rows[-20:]]).mean()
-        self.note.value = f"{step.phase}, step {step.index} of {step.total}, about {left:.0f} s left"
+        self.say(f"{step.phase}, step {step.index} of {step.total}, about {left:.0f} s left; drawing costs {self.cost:.0%} of the training time")
+
+    def _paint(self): self.picture.value, self.picture.layout.display = png(self.pictures()), ""
 
     def close(self):
         "The run is over."
-        if self.live: self.note.value = "stopped" if self.stopped else "done"
+        if self.live: self.say(f"{'stopped' if self.stopped else 'done'} at step {len(self.rows)} of {self.total}; drawing cost {self.cost:.0%} of the training time")
         else: self.bar.close()
 
 class Progress:

@@ -69,7 +69,9 @@ def alerts(trace) -> list[str]:
 class Experiment:
     "One method, one model, one or several concepts: from parameters to a verdict."
     def __init__(self, p: dict,  # values for `PARAMETERS` or `COMMON`
-                 method: str = "doco"):
+                 method: str = "doco",
+                 cache: Cache | None = None,  # what the original paints; None keeps it in the run's folder
+                 progress=Progress):  # what is being done -> callback(done, in all)
         entry = choose("method", method, METHODS)
         self.make = entry.make
         self.p, self.method_name = p, method
@@ -96,7 +98,7 @@ class Experiment:
         record = dict(method=method, concept=p["concept"], base_model=p["base_model"], base_model_hash=self.model.base_hash, eval_images=p["eval_images"], mode=p.get("mode", "simultaneous"), **asdict(self.config),
                       erasures=[dict(target=e.target, kind=e.kind, anchor=e.anchor, retained=list(e.retained), linked=list(e.linked)) for e in self.erasures], device=device, versions=versions())
         self.run = Run.open(p["run_dir"], record, f"{slug(p['concept'])}-{method}", p["resume"])
-        self.cache = Cache(self.run.folder / "cache")
+        self.cache, self.watch, self.progress = cache or Cache(self.run.folder / "cache"), Watch, progress
         self.stages = [[e] for e in self.erasures] if p.get("mode") == "sequential" else [self.erasures]
         self._enter(0)
 
@@ -111,7 +113,7 @@ class Experiment:
         "Build the method of stage k on the model as it is now."
         self.stage, self.at = k, self._at(k)
         if k: del self.model._hash  # the weights are others now
-        self.method = self.make(self.model, self.stages[k], self.config, self.cache, Progress("painting the training images"))
+        self.method = self.make(self.model, self.stages[k], self.config, self.cache, self.progress("painting the training images"))
 
     def describe(self) -> str:
         "What will be done, in Markdown."
@@ -129,6 +131,17 @@ class Experiment:
         b, n = self.method.banks[0], 6
         images = [sample(self.model, list(side[:n]), list(range(n)), precision=self.config.precision) for side in (b.target, b.anchor, b.retain) if side]
         return self.run.save_figure(show_images(torch.cat(images), rows=["target", "anchor", "retained"][:len(images)], title="What the original paints for the training prompts"), "training-prompts")
+
+    def before_after(self):
+        "A small grid, the same prompts and seeds each time: the original above, the model as it is now below."
+        if not hasattr(self, "_before"):
+            asked = ask(self.erasures, 60)
+            pick = lambda group, n: [q for q in asked if q.group == group][:60 * n:max(1, len([q for q in asked if q.group == group]) // n)][:n]
+            self._shown = pick("target", 3) + pick("linked", 1) + pick("retained", 3) + pick("other", 1)
+            self._before = self._paint(Denoiser.load(self.p["base_model"], device=str(self.model.device)))
+        return show_images(torch.cat([self._before, self._paint(self.model)]), rows=["original", "now"], cols=[q.prompt for q in self._shown])
+
+    def _paint(self, model): return sample(model, [q.prompt for q in self._shown], [q.seed for q in self._shown], 10, precision=self.config.precision)
 
     def train(self, every: int = 50):
         "Train (or solve) every stage to the end; checkpoints every so many steps. SIGTERM or the stop button finish the step, save and leave. The trace, a DataFrame."
@@ -170,7 +183,8 @@ class Experiment:
             self.trainer.load_state(saved[0])
             rows = saved[1]
             print(f"resuming after step {self.trainer.step} of {self.trainer.total}")
-        watch = Watch(self.trainer.total, rows)
+        watch = self.watch(self.trainer.total, rows, self.trainer, self.before_after)
+        watch.open()
         warmup = getattr(self.config, "warmup", 0)
         with leave_on_sigterm() as stop:
             for step in self.trainer:
@@ -202,7 +216,7 @@ class Experiment:
         if where: models["reference (never saw it)"] = gallery(Denoiser.load(self.p["base_model"], unet=where, device=device))
         judge = judge_for(self.model)
         self.evaluation = Evaluation(ask(self.erasures, self.p["eval_images"]), models, {"classifier": SandboxJudge(judge)} if judge else {}, self.erasures[0].anchor)
-        for name in models: self.evaluation.look(name, Progress(f"painting the examination, {name}"))
+        for name in models: self.evaluation.look(name, self.progress(f"painting the examination, {name}"))
         if judge is None: return None
         rows = self.evaluation.judged()
         rows.to_parquet(self.run.folder / "examination.parquet")

@@ -45,6 +45,7 @@ class Adversary:
         start = 1e-3 * torch.randn(rows, method.target_states.shape[-1], generator=seeded(c.seed, "adversary"))
         self.e = start.to(model.device).requires_grad_(True)  # (rows, D)
         self.optimizer = torch.optim.Adam([self.e], lr=c.anchor_lr)
+        self.path = []  # the perturbation after each turn
 
     def anchor(self, b) -> torch.Tensor:  # (B,L,D)
         "The target's text states with the perturbation on the concept's positions."
@@ -72,6 +73,7 @@ class Adversary:
             s.backward()
             self.optimizer.step()
         b.other = self.anchor(b).detach()
+        self.path.append(self.e.detach().clone())
         return {"similarity": float(s.detach()) if s is not None else float("nan"), "anchor_steps": k + 1 if steps else 0, "anchor_norm": float(self.e.detach().norm(dim=1).mean())}
 
     def state(self) -> dict:
@@ -109,8 +111,8 @@ class AdvAnchorConfig(MethodConfig):
 class AdvAnchor(Anchored):
     "Unlearning with adversarial anchors (Zhao et al. 2024, Eqs. 1 and 3-6)."
     name = "AdvAnchor"
+    choices = Anchored.choices | {"schedule": SCHEDULES, "anchor_loss": ADV, "positions": POSITIONS}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: AdvAnchorConfig, cache=None, callback=None):
-        choose("schedule", config.schedule, SCHEDULES)
         if config.anchors != "adversarial": raise ValueError(f"anchors = {config.anchors}; AdvAnchor finds its own anchor: leave it at adversarial, or take ConAbl")
         if config.anchor_steps < 1: raise ValueError(f"anchor_steps = {config.anchor_steps}; at least 1 step is needed to find an anchor")
         if (config.schedule == "alternating") == bool(config.construct): raise ValueError(f"construct = {config.construct} with schedule {config.schedule}: alternating takes 0, the others need some of the {config.iterations} iterations")

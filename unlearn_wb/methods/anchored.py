@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
 from ..diffusion import Denoiser, add_noise, denoise, embed_each, sample, seeded
 from ..scopes import ADAPTED, SCOPES, Adapters, Moved, choose
-from ..surgery import RULES, Combiner
+from ..loop import SCHEDULES
+from ..surgery import GRANULARITIES, RULES, Combiner
 
 # %% auto #0
-__all__ = ['IMAGES', 'KEEPS', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'paint_bank', 'text_states', 'PromptedLatents',
-           'Noised', 'Anchored', 'try_out']
+__all__ = ['IMAGES', 'KEEPS', 'PRECISIONS', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'paint_bank', 'text_states',
+           'PromptedLatents', 'Noised', 'Anchored', 'try_out']
 
 # %% ../../nbs/methods/anchored.ipynb #c005
 @dataclass(frozen=True)
@@ -40,17 +41,18 @@ class MethodConfig:
     num_images: int = 1000  # images of the anchor, and as many of the retained concepts
     prompts: int = 200  # captions in the bank
     detach_start: bool = False  # no gradient through keys and values of the start token
-    weight_decay: float = 1e-2
+    weight_decay: float = 1e-2  # of AdamW, on the weights that move
     clip: float = 1.  # of the step's gradient, after the projection; 0 for none
     t_min: int = 0  # smallest and
     t_max: int = 1000  # largest timestep that is trained (exclusive)
     precision: str = "fp32"  # fp32 or bf16 autocast
-    seed: int = 0
+    seed: int = 0  # of everything random
 
 IMAGES = {"anchor": "DoCo, ConAbl", "target": "noised images of the target", "both": "half and half", "sampled": "ESD, SDD: the moving model's own sampling path, guidance 3"}
 KEEPS = {"images": "DoCo Eq. 9: the diffusion loss on images of the anchor and the retained concepts", "drift": "squared distance to the original's own predictions on the same",
          "empty": "squared distance to the original's predictions for the empty prompt (AdvAnchor)", "none": "nothing holds the rest"}
 
+PRECISIONS = {"fp32": "32-bit floats", "bf16": "bfloat16 autocast"}
 ANCHORS = {"prompt": "a word, or a description", "nothing": "the empty prompt", "adversarial": "AdvAnchor: found while training"}
 
 # %% ../../nbs/methods/anchored.ipynb #c007
@@ -101,15 +103,16 @@ class Anchored:
     "A gradient method on pairs of target and anchor prompts; a subclass says what the pull is."
     name = "anchored"
     takes_anchor = True  # False: the loss has no anchor to replace
+    choices = {"images": IMAGES, "keep": KEEPS, "anchors": ANCHORS, "precision": PRECISIONS, "lr_schedule": SCHEDULES, "granularity": GRANULARITIES, "combiner": RULES, "scope": SCOPES | ADAPTED}  # field of the configuration -> its values
     def __init__(self, model: Denoiser,
                  erasures: list[Erasure],  # one or several, all forgotten at once
                  config: MethodConfig,
                  cache: Cache | None = None,
                  callback=None):  # progress of painting the images: callback(done, in all)
-        for what, table in (("images", IMAGES), ("keep", KEEPS), ("anchors", ANCHORS), ("precision", {"fp32": 0, "bf16": 0})): choose(what, getattr(config, what), table)
+        for what, table in self.choices.items():
+            if what != "combiner": choose(what, getattr(config, what), table)  # a combiner can be one of torchjd's
         if config.warmup and not hasattr(self, "warm_up"): raise ValueError(f"{self.name} has no discriminator and so no warm-up; leave warmup at 0")
         if config.anchors != "prompt" and not self.takes_anchor: raise ValueError(f"anchors = {config.anchors}; {self.name} pulls to no anchor: leave it at prompt")
-        if config.scope not in (*SCOPES, *ADAPTED): choose("scope", config.scope, SCOPES | ADAPTED)
         self.combiner = Combiner(config.combiner, config.granularity, config.lam, config.weight)
         if config.keep == "none" and config.combiner not in RULES: raise ValueError(f"combiner {config.combiner} weighs two gradients, and keep = none gives one; choose another keep, or combiner sum")
         self.model, self.config, self.erasures = model, config, erasures

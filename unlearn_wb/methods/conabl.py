@@ -7,10 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from ..concepts import Erasure
-from ..diffusion import Denoiser
 from .anchored import Anchored, MethodConfig, defaults_for
-from ..scopes import choose
 
 # %% auto #0
 __all__ = ['TARGETS', 'defaults', 'ConAblConfig', 'ConAbl']
@@ -29,9 +26,7 @@ TARGETS = {"model": "the prediction under the anchor prompt", "noise": "the nois
 class ConAbl(Anchored):
     "Concept ablation (Kumari et al. 2023): the mean squared distance to the anchor, pair by pair."
     name = "ConAbl"
-    def __init__(self, model: Denoiser, erasures: list[Erasure], config: ConAblConfig, *args, **kw):
-        choose("loss", config.loss, TARGETS)
-        super().__init__(model, erasures, config, *args, **kw)
+    choices = Anchored.choices | {"loss": TARGETS}
 
     def unlearning_loss(self, batch) -> torch.Tensor:
         "Distance to the anchor's prediction; its gradient is stopped."

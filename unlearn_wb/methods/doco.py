@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from ..concepts import Cache, Erasure
 from ..diffusion import Denoiser, seeded, x0_hat, x_prev
-from ..discriminator import ADVERSARIAL, PatchGAN, accuracy, frozen
+from ..discriminator import ADVERSARIAL, NORMS, PatchGAN, accuracy, frozen
 from .anchored import Anchored, MethodConfig, Noised
 from ..scopes import choose
 
@@ -58,10 +58,10 @@ class PerConcept(torch.nn.Module):
 class DoCo(Anchored):
     "Concept domain correction with concept-preserving gradient (Wu et al. 2024, Eqs. 8-10)."
     name = "DoCo"
+    choices = Anchored.choices | {"sees": SEES, "anchor_side": {"frozen": "of the original", "moving": "of the model in training"}, "adversarial": ADVERSARIAL, "d_norm": NORMS}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: DoCoConfig, cache: Cache | None = None, callback=None):
-        choose("what D sees ('sees')", config.sees, SEES), choose("anchor_side", config.anchor_side, {"frozen": 0, "moving": 0})
-        self.d_loss, self.g_loss = choose("adversarial loss", config.adversarial, ADVERSARIAL)
         super().__init__(model, erasures, config, cache, callback)
+        self.d_loss, self.g_loss = ADVERSARIAL[config.adversarial]
         torch.manual_seed(int(torch.randint(2**31, (), generator=seeded(config.seed, "D"))))
         channels, size, _ = model.latent_shape
         one = lambda: PatchGAN(channels, size, wanted=config.d_layers, last=config.d_last, norm=config.d_norm)

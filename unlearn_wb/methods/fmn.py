@@ -9,7 +9,6 @@ import torch
 from ..concepts import Erasure
 from ..diffusion import Denoiser, attention_maps
 from .anchored import Anchored, MethodConfig, defaults_for
-from ..scopes import choose
 
 # %% auto #0
 __all__ = ['defaults', 'FMNConfig', 'FMN']
@@ -32,8 +31,8 @@ class FMN(Anchored):
     "Forget-Me-Not's attention re-steering (Zhang et al. 2023, Eq. 3)."
     name = "Forget-Me-Not"
     takes_anchor = False
+    choices = Anchored.choices | {"tokens": {"concept": "the concept's own", "tail": "and all later ones"}}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: FMNConfig, cache=None, callback=None):
-        choose("tokens", config.tokens, {"concept": 0, "tail": 0})
         super().__init__(model, erasures, config, cache, callback)
         self.mine = self.own_tokens(config.tokens == "tail")  # (P,L)
 
@@ -44,4 +43,4 @@ class FMN(Anchored):
         where = self.mine[b.which][:, None, None]  # (B,1,1,L)
         return sum((m.square() * where).sum(-1).mean() for m in maps.values()) / len(maps)
 
-defaults = defaults_for(FMNConfig(), dict(iterations=300, lr=2e-3, lr_schedule="cosine", batch_size=8, num_images=96, tokens="tail", keep="drift", weight=30.))
+defaults = defaults_for(FMNConfig(), dict(iterations=300, lr=3e-3, lr_schedule="cosine", batch_size=8, num_images=96, tokens="tail", keep="drift", weight=3.))

@@ -26,9 +26,9 @@ class RecelerConfig(MethodConfig):
     rank: int = 16
     images: str = "sampled"
     keep: str = "none"
-    eta: float = 1.
+    eta: float = 1.  # how far beyond the anchor (or the empty prompt) the prediction is steered
     soft_tokens: int = 4  # adversarial tokens
-    soft_lr: float = .01
+    soft_lr: float = .01  # of the adversarial tokens
     soft_steps: int = 16  # updates of the adversarial tokens each time
     soft_every: int = 50  # steps between them
     mask: float = 1.  # where the concept is: attention above this many times its mean
@@ -95,4 +95,4 @@ class Receler(Anchored):
         super().load_state(saved)
         self.soft, self.turns = saved["soft"].clone(), int(saved["turns"])
 
-defaults = defaults_for(RecelerConfig(), dict(lr=1e-2, iterations=300, num_images=96, images="target", keep="drift", weight=10.))
+defaults = defaults_for(RecelerConfig(), dict(lr=1e-2, iterations=200, num_images=96, images="target", keep="drift", weight=1., local=1e-3))

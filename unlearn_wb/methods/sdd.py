@@ -53,4 +53,4 @@ class SDD(Anchored):
         super().load_state(saved)
         for k in self.teacher: self.teacher[k] = saved["teacher." + k].clone()
 
-defaults = defaults_for(SDDConfig(), dict(scope="xattn-kv", lr=2e-3, lr_schedule="cosine", iterations=300, num_images=96, images="target", keep="drift", weight=1.))
+defaults = defaults_for(SDDConfig(), dict(scope="xattn-kv", lr=2e-3, lr_schedule="cosine", iterations=200, num_images=96, images="anchor", keep="drift", weight=1.))

@@ -28,7 +28,7 @@ class SPMConfig(MethodConfig):
     weight: float = 1000.  # of latent anchoring
     images: str = "sampled"
     keep: str = "none"  # latent anchoring takes its place
-    eta: float = 1.
+    eta: float = 1.  # how far beyond the anchor (or the empty prompt) the prediction is steered
     anchor_texts: int = 4  # random texts a step
 
 class SPM(Anchored):

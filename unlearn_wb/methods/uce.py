@@ -26,7 +26,7 @@ class UCEConfig:
     prompts: int = 0  # sentences around each concept; 0: its bare name
     anchors: str = "anchor"  # what the target is read as: anchor, or nothing (the empty text)
     precision: str = "fp32"  # of painting
-    seed: int = 0
+    seed: int = 0  # of everything random
 
 def pairs(model: Denoiser, targets: list[str], anchors: list[str], concept: str, tokens: str) -> tuple[torch.Tensor, torch.Tensor]:
     "Text states (M,D) of the concept in `targets`, and of what stands in its place in `anchors`."
@@ -43,8 +43,9 @@ def _end(model, prompt: str) -> int: return min(len(model.tokenizer(prompt).inpu
 class UCE:
     "Unified Concept Editing (Gandikota et al. 2024, Eq. 7)."
     name = "UCE"
+    choices = {"tokens": {"last": "the concept's last token", "tail": "all positions from it on"}, "scope": {"xattn-kv": "keys and values"}, "anchors": {"anchor": "its own", "nothing": "the empty text"}}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: UCEConfig, cache: Cache | None = None, callback=None):
-        choose("tokens", config.tokens, {"last": 0, "tail": 0}), choose("scope", config.scope, {"xattn-kv": 0}), choose("anchors", config.anchors, {"anchor": 0, "nothing": 0})
+        for what, table in self.choices.items(): choose(what, getattr(config, what), table)
         self.model, self.erasures, self.config = model, erasures, config
         self.moved = Moved(model.unet, config.scope)
         self.params, self.cut = self.moved.params, 0

@@ -1,0 +1,89 @@
+"""The explorer in JupyterLab, by a person's hands: choose, start, watch, pause, turn, resume, stop, come back."""
+import re
+import time
+
+import pandas as pd
+import pytest
+from conftest import run_all
+
+QUICK = dict(options="iterations=400, warmup=10, num_images=16", eval_images=4)
+
+
+def field(name): return f".jupyter-widgets:has(> label:text-is('{name}')) input"
+
+
+def step_of(page):
+    found = re.search(r"step (\d+) of", page.inner_text(".jp-Notebook"))
+    return int(found[1]) if found else 0
+
+
+def until(true, seconds, what):
+    for _ in range(int(seconds * 5)):
+        if true(): return
+        time.sleep(.2)
+    pytest.fail(f"{what} did not happen in {seconds} s")
+
+
+def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, shot):
+    page = browser.new_page(viewport=dict(width=1400, height=4200))
+    address = lab("explore", **QUICK)
+    run_all(page, address)
+    page.wait_for_selector("button:has-text('Start')", timeout=120_000)
+    page.wait_for_selector("button:has-text('Open report')", timeout=120_000)
+    shot(page, "1-choose")
+    assert page.locator(".widget-dropdown").count() >= 6, "menus for anchor, method and the words of the configuration"
+    assert page.locator(field("iterations")).input_value() == "400", "what the notebook's parameters ask for stands in the panel"
+
+    # another method has another panel, and an error is said in its own sentence
+    concept = page.locator(field("concept"))
+    concept.fill("Snopy"); concept.press("Enter")
+    page.wait_for_selector("text=did you mean 'snoopy'", timeout=30_000)
+    concept.fill("Van Gogh"); concept.press("Enter")
+    page.wait_for_selector("text=did you mean 'snoopy'", state="detached", timeout=30_000)
+
+    page.click("button:has-text('Start')")
+    until(lambda: step_of(page) > 20, 180, "step 20")
+    angles = "() => { const g = [...document.querySelectorAll('.js-plotly-plot')].find(g => g.data && g.data.length == 8); return g ? (g.data[6].x || []).length + (g.data[7].x || []).length : -1 }"
+    before = page.evaluate(angles)
+    picture = lambda: page.evaluate("() => [...document.querySelectorAll('img.widget-image')].map(i => i.src).join()")
+    grid = picture()
+    until(lambda: page.evaluate(angles) > max(before, 20), 60, "a longer histogram")
+    until(lambda: picture() != grid, 90, "another before/after grid")
+    shot(page, "2-training")
+
+    page.click("button:has-text('Pause')")
+    time.sleep(2)
+    held = step_of(page)
+    time.sleep(3)
+    assert step_of(page) == held > 0
+    page.click("button:has-text('Step')")
+    time.sleep(2)
+    handle = page.locator(".widget-slider:has-text('lr') .noUi-handle").last
+    handle.focus()
+    for _ in range(6): handle.press("ArrowLeft")
+    shot(page, "3-paused")
+    page.click("button:has-text('Resume')")
+    until(lambda: step_of(page) > held + 10, 60, "going on")
+
+    # the page closes, the run goes on, and the page shows it again
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    time.sleep(2)
+    left = step_of(page)
+    page.close()
+    time.sleep(8)
+    page = browser.new_page(viewport=dict(width=1400, height=4200))
+    page.goto(address.replace("&reset", ""), timeout=60_000)
+    until(lambda: step_of(page) > left, 60, "the panel on the reopened page")
+    shot(page, "4-reopened")
+
+    page.click("button:has-text('Stop')")
+    until(lambda: "trained" in page.inner_text(".jp-Notebook"), 60, "the end of the run")
+    share = re.search(r"drawing cost (\d+)%", page.inner_text(".jp-Notebook"))
+    assert share and int(share[1]) <= 10, "figures and pictures cost at most a tenth of the training time"
+    trace = pd.read_parquet(next(lab.folder.glob("runs/*/trace.parquet")))
+    assert len(trace) < 400 and trace.event.dropna().str.startswith("lr = ").any(), "the turned learning rate is in the trace"
+
+    page.locator("button:has-text('Paint')").click()
+    page.wait_for_selector(".uw input[type=range]", timeout=60_000)
+    shot(page, "5-look")
+    page.close()
