@@ -4,11 +4,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test lessons pictures prepare readme clean
+.PHONY: help demo test docs docs-serve lessons pictures prepare readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; say make PYTHON=/path/to/python3.11")'
@@ -25,10 +25,17 @@ demo: $(READY)  ## forget "Van Gogh" on the built-in sandbox: a verdict and an H
 test: $(READY)  ## notebooks' own checks, then what crosses rooms
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/lib --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/methods --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/howto --n_workers 2
 	$(BIN)/python -m pytest
 
+docs: $(READY)  ## the docs site, from the notebooks as they are, in _docs/html
+	$(BIN)/python -c 'from unlearn_wb.docs_site import build; build()'
+
+docs-serve: docs  ## and show it on http://127.0.0.1:8123
+	$(BIN)/python -m http.server 8123 --bind 127.0.0.1 --directory _docs/html
+
 lessons: $(READY)  ## run the literate notebooks and keep their outputs
-	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/lib/*.ipynb nbs/methods/*.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/lib/*.ipynb nbs/methods/*.ipynb nbs/howto/*.ipynb
 	$(BIN)/nbdev_clean
 
 pictures: demo  ## the pictures of the README, from the demo's run

@@ -185,7 +185,7 @@ class Denoiser:
         out = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
         return (out.float() / 2 + .5).clamp(0, 1).cpu()
 
-# %% ../nbs/lib/01_diffusion.ipynb #c023
+# %% ../nbs/lib/01_diffusion.ipynb #c025
 @torch.no_grad()
 def denoise(model: Denoiser,
             x: torch.Tensor,  # starting noise (B,C,h,w)
@@ -237,7 +237,7 @@ def embed_each(model: Denoiser, prompts: list[str]) -> torch.Tensor:
     unique = list(dict.fromkeys(prompts))
     return model.embed(unique)[[unique.index(p) for p in prompts]]
 
-# %% ../nbs/lib/01_diffusion.ipynb #c031
+# %% ../nbs/lib/01_diffusion.ipynb #c033
 @contextmanager
 def attention_maps(model: Denoiser):
     "Within this block every call of the denoiser fills the yielded dict: layer -> cross-attention probabilities (B, heads, places, tokens), with their graph."

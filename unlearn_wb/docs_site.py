@@ -6,10 +6,11 @@
 from __future__ import annotations
 import ast, html, importlib, inspect, json, re, shutil
 from pathlib import Path
+from .runs import slug
 
 # %% auto #0
-__all__ = ['PAGES', 'CONF', 'CSS', 'directives', 'exported', 'reference', 'find_symbols', 'link_names', 'page_of', 'setup',
-           'build', 'faults']
+__all__ = ['PAGES', 'HOME', 'CONF', 'CSS', 'directives', 'exported', 'reference', 'find_symbols', 'link_names', 'page_of',
+           'setup', 'heading', 'build', 'faults']
 
 # %% ../nbs/lib/17_site.ipynb #c005
 PAGES = {  # caption -> pages, by their place under nbs/
@@ -19,6 +20,8 @@ PAGES = {  # caption -> pages, by their place under nbs/
     "Methods": ["methods/index", "methods/anchored", "methods/rg", "methods/integrity", "methods/esd", "methods/conabl", "methods/sdd", "methods/uce", "methods/spm", "methods/fmn", "methods/allbutone", "methods/salun", "methods/amnesia", "methods/mace", "methods/receler"],
     "Findings": ["reproduce_sandbox", "reproduce_linked", "reproduce_anchors", "bench_train", "bench_sample", "pretrain_sandbox"],
     "The library": ["lib/03_concepts", "lib/04_scopes", "lib/06_discriminator", "lib/07_loop", "lib/08_runs", "lib/09_metrics", "lib/09_evaluation", "lib/09_assessment", "lib/10_figures", "lib/11_plots", "lib/12_widgets", "lib/13_registry", "lib/14_workbench", "lib/15_study", "lib/16_explorer", "lib/17_site", "api"]}
+
+HOME = "https://github.com/unlearn-wb/unlearn_wb"  # of the source
 
 # %% ../nbs/lib/17_site.ipynb #c007
 def directives(source: str) -> dict[str, str]:
@@ -30,7 +33,7 @@ def exported(source: str) -> list[str]:
     out = []
     for node in ast.parse("\n".join(l for l in source.split("\n") if not l.startswith(("%", "!")))).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): out.append(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)): out += [t.id for t in (node.targets if isinstance(node, ast.Assign) else [node.target]) if isinstance(t, ast.Name)]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)): out += [t.id for target in (node.targets if isinstance(node, ast.Assign) else [node.target]) for t in (target.elts if isinstance(target, ast.Tuple) else [target]) if isinstance(t, ast.Name)]
     return [n for n in out if not n.startswith("_")]
 
 def _type(text) -> str: return "" if text is inspect.Parameter.empty else text if isinstance(text, str) else getattr(text, "__name__", str(text))
@@ -44,17 +47,19 @@ def _arguments(obj) -> str:
         for cls in reversed(obj.__mro__[:-1]): told |= {k: v for k, v in docments(cls).items() if v}
         rows = [(f.name, _type(f.type), "" if f.default is MISSING else repr(f.default), told.get(f.name, "")) for f in fields(obj)]
     else:
-        try: told, signature = docments(obj.__init__ if inspect.isclass(obj) else obj), inspect.signature(obj)
-        except (ValueError, TypeError, OSError): return ""
+        try: signature = inspect.signature(obj)
+        except (ValueError, TypeError): return ""
+        try: told = docments(obj.__init__ if inspect.isclass(obj) else obj)
+        except (SyntaxError, OSError): told = {}  # made at run time, or with a text that cannot be dedented
         rows = [(k, _type(v.annotation), "" if v.default is inspect.Parameter.empty else repr(v.default), told.get(k) or "") for k, v in signature.parameters.items() if k != "self"]
         if not inspect.isclass(obj) and signature.return_annotation is not inspect.Signature.empty: rows.append(("returns", _type(signature.return_annotation), "", told.get("return") or ""))
     cells = "".join("<tr>" + "".join(f"<td>{'<code>' + html.escape(str(x)) + '</code>' if x and i < 3 and not (i == 0 and x == 'returns') else html.escape(str(x))}</td>" for i, x in enumerate(row)) + "</tr>" for row in rows)
-    return f"<table><thead><tr><th>name</th><th>type</th><th>default</th><th>meaning</th></tr></thead><tbody>{cells}</tbody></table>" if rows else ""
+    return f"<details><summary>{'fields' if inspect.isclass(obj) and is_dataclass(obj) else 'parameters'}</summary><table><thead><tr><th>name</th><th>type</th><th>default</th><th>meaning</th></tr></thead><tbody>{cells}</tbody></table></details>" if rows else ""
 
 def reference(module: str, name: str) -> str:
     "One symbol's entry: signature, sentence, parameters and, of a class, its public methods. HTML on one line, as Markdown takes it."
     obj = getattr(importlib.import_module(module), name)
-    words = lambda o: " ".join((inspect.getdoc(o) or "").split()) if callable(o) else ""
+    words = lambda o: " ".join((getattr(o, "__doc__", "") or "").split()) if callable(o) else ""  # its own, not an ancestor's
     def entry(o, title, level):
         say = words(o)
         return f"<p><b><code>{html.escape(title)}</code></b>{': ' + html.escape(say) if say else ''}</p>" + (_arguments(o) if callable(o) and level < 2 else "")
@@ -62,7 +67,7 @@ def reference(module: str, name: str) -> str:
     if not callable(obj): out += f"<p>{html.escape(', '.join(map(str, obj)) if isinstance(obj, (dict, tuple, list)) else str(obj))[:300]}</p>"
     if inspect.isclass(obj):
         mine = [(k, getattr(obj, k)) for k, v in vars(obj).items() if not k.startswith("_") and (inspect.isfunction(v) or isinstance(v, (classmethod, staticmethod)))]
-        out += "".join(entry(m, f"{name}.{k}", 1) for k, m in mine if inspect.getdoc(m))
+        out += "".join(entry(m, f"{name}.{k}", 1) for k, m in mine if m.__doc__)
     return f"<div class='uw-api' id='{module.split('.', 1)[-1]}.{name}'>{out}</div>".replace("\n", " ")
 
 # %% ../nbs/lib/17_site.ipynb #c011
@@ -102,7 +107,7 @@ def page_of(nb: dict, page: str, symbols: dict, module: str = "") -> dict:
         if c["cell_type"] != "code":
             if c["cell_type"] == "markdown" and source.strip():
                 text = link_names(source, symbols, page)
-                if page == "index": text = text.replace("](nbs/", "](").replace('src="nbs/', 'src="').replace("](data/", "](https://github.com/unlearn-wb/unlearn_wb/blob/main/data/")
+                if page == "index": text = re.sub(r"\]\((?!nbs/|\w+:|#)([^)]+)\)", rf"]({HOME}/blob/main/\1)", text).replace("](nbs/", "](").replace('src="nbs/', 'src="')  # the README stands at the root
                 said = _plain(source) or said
                 if source.startswith("# "): title = source.split("\n")[0][2:]
                 cells.append({"cell_type": "markdown", "metadata": {}, "source": text})
@@ -135,28 +140,36 @@ nb_execution_mode, nb_merge_streams, nb_ipywidgets_js = "off", True, {{}}
 myst_enable_extensions, myst_heading_anchors, myst_links_external_new_tab = ["dollarmath", "amsmath", "html_image"], 3, False
 html_theme, html_title, html_static_path, html_css_files = "pydata_sphinx_theme", "unlearn_wb", ["_static"], ["uw.css"]
 html_math_renderer, html_show_sourcelink, html_copy_source = "mathml", False, False
-html_theme_options = dict(navbar_align="left", show_toc_level=2, header_links_before_dropdown=6, secondary_sidebar_items=["page-toc"], footer_start=["copyright"], footer_end=[], logo=dict(text="unlearn_wb"), back_to_top_button=False, navigation_with_keys=False, pygments_light_style="a11y-high-contrast-light", pygments_dark_style="a11y-high-contrast-dark")
+html_theme_options = dict(navbar_align="left", show_toc_level=2, header_links_before_dropdown=8, secondary_sidebar_items=["page-toc"], footer_start=["copyright"], footer_end=[], logo=dict(text="unlearn_wb"), back_to_top_button=False, navigation_with_keys=False, pygments_light_style="a11y-high-contrast-light", pygments_dark_style="a11y-high-contrast-dark")
 html_sidebars = {{"index": []}}
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 exclude_patterns = []
 '''
 CSS = """.uw-api{border-left:3px solid var(--pst-color-border);padding:.1em 0 .1em 1em;margin:.6em 0}.uw-api table{font-size:.9em}.uw-api td,.uw-api th{padding:.1em .8em .1em 0;text-align:left;vertical-align:top}
-.uw-api:target{border-left-color:var(--pst-color-primary)}div.cell_output img{background:#fff}math{font-size:1.05em}math[display=block]{margin:1em 0}div.cell_output table{font-size:.9em}.bd-main .bd-content .bd-article-container{max-width:64em}"""
+.uw-api:target{border-left-color:var(--pst-color-primary)}div.cell_output img{background:#fff}math{font-size:1.05em}div.math{overflow-x:auto;display:block;text-align:center}math[display=block]{margin:1em 0}div.cell_output table{font-size:.9em}.bd-main .bd-content .bd-article-container{max-width:64em}"""
 
 def setup(app):
     "The Sphinx extension: LaTeX to MathML, at build time."
     from latex2mathml.converter import convert
+    def plain(text):  # without what MathML does by itself (sizes of brackets) or has no use for (spacing of rows, environments)
+        text = re.sub(r"\\[bB]igg?[lr]?(?![a-zA-Z])", "", re.sub(r"\\\\\[[\d.]+\w+\]", r"\\\\", text))
+        return re.sub(r"\\(begin|end)\{(align|equation|gather)\*?\}", "", text)
     def inline(self, node):
         from docutils import nodes
-        self.body.append(convert(node.astext()))
+        self.body.append(convert(plain(node.astext())))
         raise nodes.SkipNode
     def block(self, node):
         from docutils import nodes
-        text = re.sub(r"\\begin\{(align|equation|gather)\*?\}|\\end\{(align|equation|gather)\*?\}", "", node.astext())
-        self.body.append(f"<div class='math'>{convert(text, display='block')}</div>")
+        self.body.append(f"<div class='math'>{convert(plain(node.astext()), display='block')}</div>")
         raise nodes.SkipNode
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+def heading(nb: dict) -> tuple[str, str]:
+    "A notebook's title, and its one line: the quoted one, or the first sentence."
+    text = next(("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), "# ?")
+    lines = [re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`]", r"\1", l).lstrip("> ").strip() for l in text.split("\n")[1:] if l.strip() and not l.startswith("    ")]
+    return text.split("\n")[0].lstrip("# "), re.split(r"(?<=[.!?]) ", lines[0])[0] if lines else ""
 
 def build(nbs: str | Path = "nbs", out: str | Path = "_docs", report=print) -> Path:
     "Write the site to `out`/html. Raises `RuntimeError` when Sphinx warns of anything."
@@ -171,15 +184,14 @@ def build(nbs: str | Path = "nbs", out: str | Path = "_docs", report=print) -> P
     found = {str(f.relative_to(nbs).with_suffix("")) for f in nbs.rglob("*.ipynb") if ".ipynb_checkpoints" not in str(f)}
     missing = found - set(listed) - {"index"}
     if missing: raise RuntimeError(f"no place in the site for {', '.join(sorted(missing))}; add them to PAGES in nbs/lib/17_site.ipynb")
-    modules = {}
+    modules, heads = {}, {"api": ("API reference", "Every public name, by module.")}
     for page in sorted(found):
         nb = json.loads((nbs / f"{page}.ipynb").read_text())
         module = next((directives("".join(c["source"]))["default_exp"] for c in nb["cells"] if c["cell_type"] == "code" and "default_exp" in directives("".join(c["source"]))), "")
         if module: modules[module] = page
         made = page_of(nb, page, symbols, module)
-        if page == "index":
-            tree = "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```" for caption, pages in PAGES.items())
-            made["cells"].append({"cell_type": "markdown", "metadata": {}, "source": tree, "id": "tree"})
+        heads[page] = heading(nb)
+        if page == "index": made["cells"].append({"cell_type": "markdown", "metadata": {}, "source": "```{toctree}\n:hidden:\n\n" + "\n".join(slug(c) for c in PAGES) + "\n```", "id": "tree"})
         (src / page).parent.mkdir(parents=True, exist_ok=True)
         (src / f"{page}.ipynb").write_text(json.dumps(made))
     for picture in nbs.rglob("images/*.png"):
@@ -191,6 +203,8 @@ def build(nbs: str | Path = "nbs", out: str | Path = "_docs", report=print) -> P
         m = importlib.import_module(f"unlearn_wb.{module}")
         lines += ["", f"## {module}", "", *(f"- <a href='{page}.html#{module}.{n}'><code>{n}</code></a> {html.escape(first(getattr(m, n)))}" for n in getattr(m, "__all__", []) if symbols.get(n, ("", ""))[1] == f"{module}.{n}" or n in vars(m))]
     (src / "api.md").write_text("\n".join(lines) + "\n")
+    for caption, pages in PAGES.items():  # a page a section, so that the theme shows sections above and their pages beside
+        (src / f"{slug(caption)}.md").write_text(f"# {caption}\n\n" + "\n".join(f"- <a href='{p}.html'>{html.escape(heads[p][0])}</a>: {html.escape(heads[p][1])}" for p in pages) + "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```\n")
     (src / "conf.py").write_text(CONF.format(here=str(nbs.parent), author="The unlearn_wb authors", copyright="2026, The unlearn_wb authors", version=__version__))
     code = sphinx(["-b", "html", "-W", "--keep-going", "-q", "-d", str(out / "doctrees"), str(src), str(out / "html")])
     if code: raise RuntimeError("the site was built with warnings; they stand above")

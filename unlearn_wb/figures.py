@@ -27,7 +27,7 @@ def as_png(picture, dpi: int = 72) -> bytes:
 
 def _url(data: bytes) -> str: return "data:image/png;base64," + base64.b64encode(data).decode()
 
-STYLE = "<style>.uw{max-width:56em;margin:.5em 0}.uw img{max-width:100%;background:#fff}.uw input[type=range]{width:min(28em,80%);vertical-align:middle}.uw :focus-visible{outline:3px solid #0072b2;outline-offset:2px}</style>"
+STYLE = "<style>.uw{max-width:56em;margin:.5em 0}.uw img{max-width:100%;background:#fff}.uw input[type=range]{width:min(28em,80%);vertical-align:middle}.uw :focus-visible{outline:3px solid #0072b2;outline-offset:2px}.uw circle:focus-visible{outline:none;stroke:#000;stroke-width:.05}</style>"
 
 class Interactive:
     "A piece of HTML with its script, and the picture that stands for it."

@@ -13,7 +13,7 @@ from .scopes import choose
 # %% auto #0
 __all__ = ['RULES', 'GRANULARITIES', 'Stats', 'products', 'Combiner']
 
-# %% ../nbs/lib/05_surgery.ipynb #c011
+# %% ../nbs/lib/05_surgery.ipynb #c012
 @dataclass(frozen=True)
 class Stats:
     "The two gradients' meeting in one step."
@@ -36,7 +36,7 @@ def products(u: list[torch.Tensor], r: list[torch.Tensor]) -> torch.Tensor:  # (
     table[1:].square_()
     return table.cpu()  # the only wait for the device in a step
 
-# %% ../nbs/lib/05_surgery.ipynb #c013
+# %% ../nbs/lib/05_surgery.ipynb #c014
 def _sum(dot, uu, rr, lam, weight, clip): return 1., weight
 def _surgery(dot, uu, rr, lam, weight, clip): return 1., (-lam * dot / rr if dot < 0 < rr else 0.)
 def _restricted(dot, uu, rr, lam, weight, clip):
@@ -91,7 +91,7 @@ class Combiner:
             if a != 1: x.mul_(a)
             if b != 0: x.add_(y, alpha=b)
 
-# %% ../nbs/lib/05_surgery.ipynb #c014
+# %% ../nbs/lib/05_surgery.ipynb #c015
 def _aggregator(name):
     import torchjd.aggregation as jd
     names = {n: c for n, c in vars(jd).items() if isinstance(c, type) and issubclass(c, jd.Aggregator) and c is not jd.Aggregator}

@@ -86,4 +86,13 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     page.locator("button:has-text('Paint')").click()
     page.wait_for_selector(".uw input[type=range]", timeout=60_000)
     shot(page, "5-look")
+
+    page.click("button:has-text('Examine')")
+    page.wait_for_selector("text=Report:", timeout=240_000)
+    page.click("button:has-text('Refresh')")
+    page.locator("select[multiple] option").first.wait_for(state="attached", timeout=20_000)
+    page.locator("select[multiple]").select_option(index=0)
+    page.click("button:has-text('Open report')")
+    page.frame_locator("iframe[title=report]").locator("h1").wait_for(timeout=20_000)
+    shot(page, "6-examined-and-compared")
     page.close()

@@ -15,7 +15,7 @@ from ..scopes import choose
 # %% auto #0
 __all__ = ['SEES', 'PRESETS', 'DEFAULTS', 'DoCoConfig', 'defaults', 'PerConcept', 'DoCo']
 
-# %% ../../nbs/methods/doco.ipynb #c007
+# %% ../../nbs/methods/doco.ipynb #c009
 @dataclass(frozen=True)
 class DoCoConfig(MethodConfig):
     "All that decides a DoCo run, apart from the concept and the model."
@@ -43,7 +43,7 @@ def defaults(model: Denoiser, erasure: Erasure, preset: str = "default") -> DoCo
     kind, change = "sandbox" if erasure.vocabulary.closed else "stable-diffusion", choose("preset", preset, PRESETS)
     return replace(DEFAULTS[kind], **{k: v for k, v in change.items() if not (kind == "sandbox" and k == "lr")})
 
-# %% ../../nbs/methods/doco.ipynb #c009
+# %% ../../nbs/methods/doco.ipynb #c011
 class PerConcept(torch.nn.Module):
     "One discriminator a concept; each image goes to its own."
     def __init__(self, make, n: int):
