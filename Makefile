@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test docs docs-serve lessons pictures prepare readme clean
+.PHONY: help demo test app docs docs-serve lessons pictures prepare readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,6 +27,9 @@ test: $(READY)  ## notebooks' own checks, then what crosses rooms
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/methods --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/howto --n_workers 2
 	$(BIN)/python -m pytest
+
+app: $(READY)  ## the explorer as a page without code, on http://127.0.0.1:8866
+	$(BIN)/voila nbs/explore.ipynb --no-browser --port=8866 --Voila.ip=127.0.0.1
 
 docs: $(READY)  ## the docs site, from the notebooks as they are, in _docs/html
 	$(BIN)/python -c 'from unlearn_wb.docs_site import build; build()'

@@ -4,15 +4,16 @@
 
 # %% ../nbs/lib/01_diffusion.ipynb #c002
 from __future__ import annotations
-import hashlib, logging
+import hashlib, logging, threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
 import unlearn_wb
 
 # %% auto #0
-__all__ = ['DATA', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'default_precision', 'BadModel', 'resolve_model',
-           'quiet_loading', 'Denoiser', 'denoise', 'starting_noise', 'sample', 'embed_each', 'attention_maps']
+__all__ = ['DATA', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'default_precision', 'BadModel',
+           'resolve_model', 'quiet_loading', 'Denoiser', 'denoise', 'starting_noise', 'sample', 'embed_each',
+           'attention_maps']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -86,14 +87,17 @@ def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
     return str(path)
 
 # %% ../nbs/lib/01_diffusion.ipynb #c016
+LOADING = threading.RLock()  # held while a model is built: diffusers changes torch's modules for all threads meanwhile
+
 @contextmanager
 def quiet_loading():
-    "No progress bars for loading and saving parts, and no word about a missing torchvision, which nothing here needs."
+    "One at a time, no progress bars for loading and saving parts, and no word about a missing torchvision, which nothing here needs."
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
     logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "requires torchvision" not in record.getMessage())
     d.disable_progress_bar(), t.disable_progress_bar()
-    try: yield
+    try:
+        with LOADING: yield
     finally: d.enable_progress_bar(), t.enable_progress_bar()
 
 class Denoiser:

@@ -5,12 +5,12 @@
 # %% ../nbs/lib/16_explorer.ipynb #c002
 from __future__ import annotations
 import asyncio, html, math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 import torch
 from .assessment import find_runs, leaderboard
 from .concepts import Cache, Erasure, noun_phrase
-from .diffusion import Denoiser, default_precision, denoise, embed_each, sample, starting_noise, x0_hat
+from .diffusion import LOADING, Denoiser, default_precision, denoise, embed_each, sample, starting_noise, x0_hat
 from .figures import BeforeAfter
 from .plots import plot_embedding, plot_patches, plot_similarity, plot_traces, show_images
 from .reference import reference_for
@@ -90,7 +90,6 @@ def denoising_path(models: dict[str, Denoiser], prompt: str, seed: int, steps: i
 def seen_by_discriminator(method, n: int = 5, t: int = 400):
     "What a method's discriminator says of each patch: the target side above, decoded from what it looks at. A figure, or None without a discriminator."
     if not hasattr(method, "D"): return None
-    from dataclasses import replace
     b, _ = method.batch(0)
     b = replace(b, **{k: getattr(b, k)[:n] for k in ("x_t", "eps", "t", "c", "other", "which")})
     z = method.see(b, method.eps(b))
@@ -166,6 +165,8 @@ class Explorer:
         m = METHODS[self.method.value]
         self.about.value = f"<p><b>{html.escape(m.title)}</b>: {html.escape(m.idea)} ({html.escape(m.paper)})</p>"
         config = m.defaults(self.model, self.erasures[0], self.preset.value)
+        known = {"precision": default_precision(str(self.model.device)), "seed": self.settings.get("seed", 0)}  # what an experiment takes by itself
+        config = replace(config, **{k: v for k, v in known.items() if hasattr(config, k)})
         self.panel = Panel(config, m.make.choices)
         if self.method.value == self.p["method"]:  # what the notebook's parameters ask for
             for k, v in read_options(self.settings.get("options", ""), config).items(): self.panel.controls[k].value = v
@@ -220,7 +221,8 @@ class Explorer:
     async def _train(self):
         p, method = self._asked(), self.method.value if hasattr(self, "method") else self.p["method"]
         self._say("painting the training images")
-        make = lambda: Experiment(p, method, Cache(self.runs / "cache"), self._progress)
+        def make():
+            with LOADING: return Experiment(p, method, Cache(self.runs / "cache"), self._progress)
         self.experiment = x = await asyncio.to_thread(make)
         x.watch = lambda *args: self._open(Watch(*args, sliders=True, show=False))
         self._say(f"training; the run's folder is {x.run.folder}")

@@ -375,7 +375,7 @@ def judge_for(model: Denoiser):
     from unlearn_wb.sandbox import load_judge
     beside = [model.folder.parent / "judge"] if model.folder else []
     if Vocabulary.of(model).closed: beside.append(DATA / "sandbox" / "judge")  # a run's own model, used as a base
-    return next((load_judge(f) for f in beside if (f / "judge.safetensors").exists()), None)
+    with quiet_loading(): return next((load_judge(f) for f in beside if (f / "judge.safetensors").exists()), None)
 
 def scorers_for(model: Denoiser,
                 clip: str = "",  # each: "" for the default of this model's world, "none", or a name

@@ -4,7 +4,7 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import run_all
+from conftest import SHOTS, run_all
 
 QUICK = dict(options="iterations=400, warmup=10, num_images=16", eval_images=4)
 
@@ -50,6 +50,7 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     until(lambda: page.evaluate(angles) > max(before, 20), 60, "a longer histogram")
     until(lambda: picture() != grid, 90, "another before/after grid")
     shot(page, "2-training")
+    page.locator(".jp-Cell:has-text('bench.watch()') .jp-OutputArea").last.screenshot(path=SHOTS / "readme.png")
 
     page.click("button:has-text('Pause')")
     time.sleep(2)
@@ -96,3 +97,24 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     page.frame_locator("iframe[title=report]").locator("h1").wait_for(timeout=20_000)
     shot(page, "6-examined-and-compared")
     page.close()
+
+
+def test_the_same_notebook_is_an_app_without_code(browser, tmp_path, shot):
+    import os, shutil, subprocess, sys
+    from conftest import ROOT, free_port, wait_for
+    shutil.copy(ROOT / "nbs/explore.ipynb", tmp_path)
+    port = free_port()
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "voila", "explore.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/voila/static/voila.js")
+        page = browser.new_page(viewport=dict(width=1300, height=2000))
+        page.goto(f"http://127.0.0.1:{port}/", timeout=180_000)
+        page.wait_for_selector("button:has-text('Start')", timeout=120_000)
+        page.wait_for_selector("button:has-text('Open report')", timeout=60_000)
+        assert page.locator("text=read_parameters").count() == 0, "no code is shown"
+        shot(page, "7-app")
+        page.close()
+    finally:
+        server.terminate()
+        server.wait(20)

@@ -13,10 +13,9 @@ from .anchored import Anchored, MethodConfig, defaults_for, text_states
 from ..scopes import choose
 
 # %% auto #0
-__all__ = ['ADV', 'SCHEDULES', 'POSITIONS', 'PRESETS', 'defaults', 'Adversary', 'AdvAnchorConfig', 'AdvAnchor']
+__all__ = ['SCHEDULES', 'POSITIONS', 'PRESETS', 'defaults', 'Adversary', 'AdvAnchorConfig', 'AdvAnchor']
 
 # %% ../../nbs/methods/advanchor.ipynb #c003
-ADV = {"adv1": "predictions", "adv2": "changes of the prediction against the empty prompt"}
 SCHEDULES = {"alternating": "perturbation and weights in turn", "sequential": "the perturbation first, input by input", "cyclical": "the perturbation first, over all inputs in turn"}
 POSITIONS = {"concept": "the concept's own tokens (paper)", "tail": "and, with one more vector, everything behind them: a causal encoder carries the concept on", "words": "as many positions as the concept has words (released code)"}
 
@@ -24,7 +23,6 @@ class Adversary:
     "The universal perturbation of one or several concepts, and its optimiser. Any anchored method can take it: `anchors='adversarial'`."
     def __init__(self, method: Anchored):
         c = self.config = method.config
-        choose("anchor_loss", c.anchor_loss, ADV)
         self.positions, self.product, self.keep_grad = (getattr(c, k, d) for k, d in (("positions", "concept"), ("product", False), ("keep_grad", False)))
         choose("positions", self.positions, POSITIONS)
         self.method, model = method, method.model
@@ -111,7 +109,7 @@ class AdvAnchorConfig(MethodConfig):
 class AdvAnchor(Anchored):
     "Unlearning with adversarial anchors (Zhao et al. 2024, Eqs. 1 and 3-6)."
     name = "AdvAnchor"
-    choices = Anchored.choices | {"schedule": SCHEDULES, "anchor_loss": ADV, "positions": POSITIONS}
+    choices = Anchored.choices | {"schedule": SCHEDULES, "positions": POSITIONS}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: AdvAnchorConfig, cache=None, callback=None):
         if config.anchors != "adversarial": raise ValueError(f"anchors = {config.anchors}; AdvAnchor finds its own anchor: leave it at adversarial, or take ConAbl")
         if config.anchor_steps < 1: raise ValueError(f"anchor_steps = {config.anchor_steps}; at least 1 step is needed to find an anchor")

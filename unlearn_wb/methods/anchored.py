@@ -14,8 +14,8 @@ from ..loop import SCHEDULES
 from ..surgery import GRANULARITIES, RULES, Combiner
 
 # %% auto #0
-__all__ = ['IMAGES', 'KEEPS', 'PRECISIONS', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'paint_bank', 'text_states',
-           'PromptedLatents', 'Noised', 'Anchored', 'try_out']
+__all__ = ['IMAGES', 'KEEPS', 'ADV', 'PRECISIONS', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'paint_bank',
+           'text_states', 'PromptedLatents', 'Noised', 'Anchored', 'try_out']
 
 # %% ../../nbs/methods/anchored.ipynb #c005
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ IMAGES = {"anchor": "DoCo, ConAbl", "target": "noised images of the target", "bo
 KEEPS = {"images": "DoCo Eq. 9: the diffusion loss on images of the anchor and the retained concepts", "drift": "squared distance to the original's own predictions on the same",
          "empty": "squared distance to the original's predictions for the empty prompt (AdvAnchor)", "none": "nothing holds the rest"}
 
+ADV = {"adv1": "predictions", "adv2": "changes of the prediction against the empty prompt"}  # of which the adversary lowers the similarity
 PRECISIONS = {"fp32": "32-bit floats", "bf16": "bfloat16 autocast"}
 ANCHORS = {"prompt": "a word, or a description", "nothing": "the empty prompt", "adversarial": "AdvAnchor: found while training"}
 
@@ -103,7 +104,7 @@ class Anchored:
     "A gradient method on pairs of target and anchor prompts; a subclass says what the pull is."
     name = "anchored"
     takes_anchor = True  # False: the loss has no anchor to replace
-    choices = {"images": IMAGES, "keep": KEEPS, "anchors": ANCHORS, "precision": PRECISIONS, "lr_schedule": SCHEDULES, "granularity": GRANULARITIES, "combiner": RULES, "scope": SCOPES | ADAPTED}  # field of the configuration -> its values
+    choices = {"images": IMAGES, "keep": KEEPS, "anchors": ANCHORS, "anchor_loss": ADV, "precision": PRECISIONS, "lr_schedule": SCHEDULES, "granularity": GRANULARITIES, "combiner": RULES, "scope": SCOPES | ADAPTED}  # field of the configuration -> its values
     def __init__(self, model: Denoiser,
                  erasures: list[Erasure],  # one or several, all forgotten at once
                  config: MethodConfig,
