@@ -45,6 +45,8 @@ pictures: demo  ## the pictures of the README, from the demo's run
 	@mkdir -p nbs/images
 	cp $(DEMO)/images/grid-target.png nbs/images/before-after.png
 	cp $(DEMO)/images/grid-linked.png nbs/images/starry-night.png
+	UNLEARN_WB_NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/browser/test_explore.py -k choose
+	cp tests/browser/screenshots/readme.png nbs/images/explorer.png
 
 readme: $(READY)
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb

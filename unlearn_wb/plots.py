@@ -262,7 +262,8 @@ def live_figure(figure=None):
     fig.update_xaxes(title_text="step")
     fig.update_xaxes(range=[0, 180], title_text="degrees", row=1, col=4)
     fig.update_yaxes(type="log", row=1, col=3)
-    fig.update_layout(height=340, barmode="stack", margin=dict(l=30, r=10, t=40, b=30), legend=dict(orientation="h", y=-.25))
+    fig.update_annotations(font_size=13)
+    fig.update_layout(height=340, autosize=True, barmode="stack", margin=dict(l=30, r=10, t=40, b=30), legend=dict(orientation="h", y=-.25))
     return figure(fig) if figure else fig
 
 def update_live(fig, trace):
@@ -275,4 +276,4 @@ def update_live(fig, trace):
     if "angle" in trace:
         angles = trace.angle.dropna()
         fig.data[6].x, fig.data[7].x = angles[angles <= 90].tolist(), angles[angles > 90].tolist()
-        fig.layout.annotations[3].text = f"angle Gu, Gr: {(angles > 90).mean():.0%} in conflict" if len(angles) else "angle Gu, Gr"
+        fig.layout.annotations[3].text = f"angle Gu, Gr ({(angles > 90).mean():.0%} conflict)" if len(angles) else "angle Gu, Gr"

@@ -46,11 +46,12 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     angles = "() => { const g = [...document.querySelectorAll('.js-plotly-plot')].find(g => g.data && g.data.length == 8); return g ? (g.data[6].x || []).length + (g.data[7].x || []).length : -1 }"
     before = page.evaluate(angles)
     picture = lambda: page.evaluate("() => [...document.querySelectorAll('img.widget-image')].map(i => i.src).join()")
-    grid = picture()
+    painted = picture()
     until(lambda: page.evaluate(angles) > max(before, 20), 60, "a longer histogram")
-    until(lambda: picture() != grid, 90, "another before/after grid")
+    until(lambda: picture() != painted, 90, "another before/after grid")
     shot(page, "2-training")
-    page.locator(".jp-Cell:has-text('bench.watch()') .jp-OutputArea").last.screenshot(path=SHOTS / "readme.png")
+    plot, grid = page.locator(".js-plotly-plot:visible").first.bounding_box(), page.locator("img.widget-image:visible").last.bounding_box()
+    page.screenshot(path=SHOTS / "readme.png", clip=dict(x=plot["x"], y=plot["y"] - 105, width=plot["width"], height=grid["y"] + grid["height"] - plot["y"] + 105))
 
     page.click("button:has-text('Pause')")
     time.sleep(2)

@@ -60,14 +60,14 @@ ANCHORS = {"prompt": "a word, or a description", "nothing": "the empty prompt", 
 SCALE = ("lr", "num_images")
 
 def defaults_for(config,  # the paper's configuration, or a function of the erasure that gives it
-                 sandbox: dict,  # what is changed for the sandbox
+                 sandbox,  # what is changed for the sandbox, a dict or a function of the erasure
                  presets: dict | None = None):  # name -> further changes; {"paper": {}} when not given
     "A method's `defaults(model, erasure, preset)`."
     known = {"default": {}} | ({"paper": {}} if presets is None else presets)
     def defaults(model: Denoiser, erasure: Erasure, preset: str = "default"):
         "The configuration for a kind of base model, with a preset on top."
         change, start = choose("preset", preset, known), config(erasure) if callable(config) else config
-        tuned = {k: v for k, v in sandbox.items() if preset != "paper" or k in SCALE} if erasure.vocabulary.closed else {}
+        tuned = {k: v for k, v in (sandbox(erasure) if callable(sandbox) else sandbox).items() if preset != "paper" or k in SCALE} if erasure.vocabulary.closed else {}
         return replace(start, **{**tuned, **change})
     return defaults
 

@@ -11,7 +11,7 @@ from ..diffusion import Denoiser, attention_maps
 from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['defaults', 'MACEConfig', 'MACE']
+__all__ = ['defaults', 'MACEConfig', 'MACE', 'fuse']
 
 # %% ../../nbs/methods/mace.ipynb #c003
 @dataclass(frozen=True)
@@ -61,5 +61,18 @@ class MACE(Anchored):
         with attention_maps(self.model) as maps: self.eps(b)
         inside = lambda k: (look[k] > self.config.mask * look[k].mean(-1, keepdim=True)).float()[..., None]
         return sum((m.square() * own * inside(k)).sum(-1).mean() for k, m in maps.items()) / len(maps)
+
+@torch.no_grad()
+def fuse(start: torch.Tensor,  # a projection of the original (out,D)
+         edits: list[torch.Tensor],  # the same projection after each concept's own edit
+         texts: list[torch.Tensor],  # each concept's text states (N,D)
+         kept: torch.Tensor,  # text states (M,D) that should read as before
+         preserve: float = .5, ridge: float = 1e-4) -> torch.Tensor:  # (out,D)
+    "One projection for several concepts that were edited apart (Lu et al. 2024, Eq. 7): least squares, each concept's texts read as its own edit reads them."
+    wide, k = lambda x: x.double(), kept.double()
+    held = preserve * k.T @ k / len(k) + ridge * torch.eye(k.shape[1], dtype=torch.float64, device=k.device)
+    grams = [wide(t).T @ wide(t) / len(t) for t in texts]
+    goal = wide(start) @ held + sum(wide(w) @ g for w, g in zip(edits, grams))
+    return torch.linalg.solve(held + sum(grams), goal, left=False).to(start)
 
 defaults = defaults_for(MACEConfig(), dict(lr=5e-3, iterations=100, batch_size=8, num_images=96, keep="drift", weight=10., preserve=1.))
