@@ -40,3 +40,17 @@ def tiny_pipeline(prediction_type="epsilon", seed=0):
     vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16)
     scheduler = DPMSolverMultistepScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1)
     return StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer(), unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def tiny_xl_pipeline(seed=0):
+    "An SDXL pipeline (two text encoders, pooled text and sizes as conditions) of a few thousand random weights."
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    torch.manual_seed(seed)
+    words = dict(intermediate_size=32, num_attention_heads=2, num_hidden_layers=3, vocab_size=len(tokenizer()), max_position_embeddings=32, bos_token_id=tokenizer().bos_token_id, eos_token_id=tokenizer().eos_token_id, pad_token_id=tokenizer().pad_token_id)
+    one, two = CLIPTextModel(CLIPTextConfig(hidden_size=16, **words)), CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=24, **words))
+    unet = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=40, attention_head_dim=2, transformer_layers_per_block=(1, 2),
+                                addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 24, use_linear_projection=True, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16)
+    scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
+    return StableDiffusionXLPipeline(vae=vae, text_encoder=one, text_encoder_2=two, tokenizer=tokenizer(), tokenizer_2=tokenizer(), unet=unet, scheduler=scheduler, add_watermarker=False)

@@ -4,16 +4,17 @@
 
 # %% ../nbs/lib/01_diffusion.ipynb #c002
 from __future__ import annotations
-import hashlib, logging, threading
+import hashlib, json, logging, threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 import unlearn_wb
 
 # %% auto #0
-__all__ = ['DATA', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'default_precision', 'BadModel',
-           'resolve_model', 'quiet_loading', 'Denoiser', 'denoise', 'starting_noise', 'sample', 'embed_each',
-           'attention_maps']
+__all__ = ['DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'default_precision',
+           'BadModel', 'resolve_model', 'quiet_loading', 'Denoiser', 'denoise', 'starting_noise', 'sample',
+           'embed_each', 'attention_maps']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -64,6 +65,7 @@ def default_precision(device: str = "cpu") -> str:
 
 DATA = Path(unlearn_wb.__path__[0]).resolve().parent / "data"
 _PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PIPELINES = {"StableDiffusionPipeline": _PARTS, "StableDiffusionXLPipeline": _PARTS | {"text_encoder_2": "model"}}  # class -> its parts, and the stem of their weights
 
 class BadModel(ValueError): "A base model that cannot be used, and why."
 
@@ -78,7 +80,9 @@ def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
         raise BadModel(f"base model '{name}' does not exist; give 'sandbox', a diffusers directory, or a hub id such as 'CompVis/stable-diffusion-v1-4'")
     if not (path / "model_index.json").exists():
         raise BadModel(f"base model '{name}' has no model_index.json; give the directory that StableDiffusionPipeline.save_pretrained wrote")
-    for part, stem in _PARTS.items():
+    kind = json.loads((path / "model_index.json").read_text()).get("_class_name", "")
+    if kind not in PIPELINES: raise BadModel(f"base model '{name}' is a {kind or 'pipeline without a class'}; {' and '.join(PIPELINES)} are known")
+    for part, stem in PIPELINES[kind].items():
         files = [f.name for f in (path / part).glob("*")] if (path / part).is_dir() else []
         if any(f.startswith(stem) and f.endswith(".safetensors") for f in files): continue
         if any(f.endswith((".bin", ".ckpt", ".pt", ".pth")) for f in files):
@@ -107,7 +111,8 @@ class Denoiser:
                  folder: Path | None = None):  # where it was loaded from, if from a directory
         self.pipe, self.name, self.folder = pipe, name, folder
         self.unet, self.vae, self.text_encoder, self.tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
-        for part in (self.unet, self.vae, self.text_encoder): part.requires_grad_(False).eval()
+        self.tokenizer_2, self.text_encoder_2 = getattr(pipe, "tokenizer_2", None), getattr(pipe, "text_encoder_2", None)  # SDXL
+        for part in self.parts: part.requires_grad_(False).eval()
         self.abar = pipe.scheduler.alphas_cumprod.to(self.device)  # (T,)
         self.predicts = pipe.scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction"):
@@ -125,14 +130,20 @@ class Denoiser:
         where = resolve_model(name)
         try:
             with quiet_loading():
-                from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-                pipe = StableDiffusionPipeline.from_pretrained(where, use_safetensors=True, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+                import diffusers
+                from diffusers import UNet2DConditionModel
+                kind = diffusers.DiffusionPipeline.load_config(where)["_class_name"]
+                if kind not in PIPELINES: raise ValueError(f"it is a {kind}; {' and '.join(PIPELINES)} are known")
+                plain = {} if kind == "StableDiffusionXLPipeline" else dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+                pipe = getattr(diffusers, kind).from_pretrained(where, use_safetensors=True, dtype=dtype, **plain)
                 if unet: pipe.unet = UNet2DConditionModel.from_pretrained(unet, use_safetensors=True, dtype=dtype)
         except (OSError, ValueError) as e:
             raise BadModel(f"base model '{name}' cannot be loaded: {str(e).strip().splitlines()[0]}; a hub id needs the network once, "
                            "a directory needs the safetensors of every part") from e
         return cls(pipe.to(device), str(name), Path(where) if Path(where).is_dir() else None)
 
+    @property
+    def parts(self) -> list: return [p for p in (self.unet, self.vae, self.text_encoder, self.text_encoder_2) if p is not None]
     @property
     def device(self): return self.unet.device
     @property
@@ -157,26 +168,39 @@ class Denoiser:
     def fingerprint(self) -> str:
         "sha256 of all weights as they are now (first 16 digits)."
         h = hashlib.sha256()
-        for part in (self.unet, self.vae, self.text_encoder):
+        for part in self.parts:
             for k, v in part.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return h.hexdigest()[:16]
 
     def eps(self, x_t: torch.Tensor,  # (B,C,H,W)
             t: torch.Tensor,  # (B,) or ()
-            c: torch.Tensor  # token states (B,L,D), from `embed`
+            c: torch.Tensor  # text states (B,L,D), from `embed`
            ) -> torch.Tensor:  # (B,C,H,W) float32
         "Predicted noise, whatever the network itself predicts."
-        out = self.unet(x_t.to(self.dtype), t, c.to(self.dtype)).sample.float()
+        c, more = c.to(self.dtype), {}
+        if self.text_encoder_2 is not None:
+            sizes = torch.tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size], dtype=self.dtype, device=c.device)  # original, crop, target
+            c, more = c[:, :-1], {"added_cond_kwargs": {"text_embeds": c[:, -1, :self.text_encoder_2.config.projection_dim], "time_ids": sizes.expand(len(c), -1)}}
+        out = self.unet(x_t.to(self.dtype), t, c, **more).sample.float()
         return out if self.predicts == "epsilon" else eps_from_v(x_t, out, self.abar[t].expand(len(x_t)))
 
-    def tokens(self, prompts: list[str]) -> torch.Tensor:  # (B,L)
+    def tokens(self, prompts: list[str], tokenizer=None) -> torch.Tensor:  # (B,L)
         "Token numbers, padded and cut at the tokenizer's limit."
-        return self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt").input_ids.to(self.device)
+        return (tokenizer or self.tokenizer)(list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt").input_ids.to(self.device)
 
     @torch.no_grad()
-    def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L,D)
-        "The text encoder's states for each prompt: what cross-attention reads."
-        return self.text_encoder(self.tokens(prompts))[0]
+    def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L,D); SDXL (B,L+1,D)
+        "The text encoder's states for each prompt: what cross-attention reads. Of SDXL the states of both encoders, and one more row, the pooled text, filled up with zeros."
+        if self.text_encoder_2 is None: return self.text_encoder(self.tokens(prompts))[0]
+        one, two = self.text_encoder(self.tokens(prompts), output_hidden_states=True), self.text_encoder_2(self.tokens(prompts, self.tokenizer_2), output_hidden_states=True)
+        words = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
+        out = torch.cat([words, F.pad(two[0], (0, words.shape[-1] - two[0].shape[-1]))[:, None]], 1)
+        if self.pipe.config.force_zeros_for_empty_prompt: out[[i for i, p in enumerate(prompts) if not p]] = 0
+        return out
+
+    def words(self, c: torch.Tensor) -> torch.Tensor:
+        "The rows of text states (...,L,D) that stand for tokens."
+        return c[..., :self.max_tokens, :]
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Adversary:
         self.positions, self.product, self.keep_grad = (getattr(c, k, d) for k, d in (("positions", "concept"), ("product", False), ("keep_grad", False)))
         choose("positions", self.positions, POSITIONS)
         self.method, model = method, method.model
-        L = model.max_tokens
+        L = method.target_states.shape[1]
         self.slots = []  # per prompt: which row of the perturbation each position takes, -1 for none
         rows = 0
         for bank, e in zip(method.banks, method.erasures):
@@ -53,7 +53,7 @@ class Adversary:
     def similarity(self, b) -> torch.Tensor:
         "adv1 or adv2 on the frozen original: mean cosine over the batch (or the released code's mean product)."
         m, anchor = self.method, self.anchor(b)
-        with m.moved.original(grad=True), m.autocast():
+        with m.moved.original(grad=True):  # in full precision: differences of predictions drown in the rounding of bf16
             near = m.model.eps(b.x_t, b.t, anchor)
             with torch.no_grad():
                 own = m.model.eps(b.x_t, b.t, b.c)

@@ -44,8 +44,9 @@ class MACE(Anchored):
         "The closed-form edit of the projections, in float64: other positions of the target's sentences read as in the anchor's."
         rest = self.mine == 0
         rest[:, 0] = False  # the start mark is the same everywhere
-        kept = (self.retained.states if self.retained else self.anchor_states)[:, 1:].flatten(0, 1).double()
-        e, a = self.target_states[rest].double(), self.anchor_states[rest].double()
+        words = self.model.words
+        kept = words(self.retained.states if self.retained else self.anchor_states)[:, 1:].flatten(0, 1).double()
+        e, a = words(self.target_states)[rest].double(), words(self.anchor_states)[rest].double()
         c, n, m = self.config, len(e), len(kept)
         right = c.refine * e.T @ e / n + c.preserve * kept.T @ kept / m + 1e-4 * torch.eye(e.shape[1], dtype=torch.float64, device=e.device)
         left = c.refine * a.T @ e / n + c.preserve * kept.T @ kept / m + 1e-4 * torch.eye(e.shape[1], dtype=torch.float64, device=e.device)

@@ -57,9 +57,9 @@ class UCE:
             if config.anchors == "nothing": anchors = [""] * len(targets)
             self.cut += check_prompts(model, targets, e.target)
             erased.append(pairs(model, list(targets), list(anchors), e.target, config.tokens))
-            for r in e.retained if not n else (): kept.append(embed_each(model, [r])[0, 1:_end(model, r) + 1] if config.tokens == "last" else embed_each(model, [r])[0, 1:])
-            if n: kept.append(embed_each(model, list(b.retain) + list(b.anchor))[:, 1:].flatten(0, 1))
-        if config.tokens == "tail" or n: kept.append(embed_each(model, [""])[0])
+            for r in e.retained if not n else (): kept.append(embed_each(model, [r])[0, 1:_end(model, r) + 1] if config.tokens == "last" else model.words(embed_each(model, [r]))[0, 1:])
+            if n: kept.append(model.words(embed_each(model, list(b.retain) + list(b.anchor)))[:, 1:].flatten(0, 1))
+        if config.tokens == "tail" or n: kept.append(model.words(embed_each(model, [""]))[0])
         self.c_e, self.c_a = (torch.cat([p[k] for p in erased]) for k in (0, 1))
         self.c_p = torch.cat(kept) if kept else self.c_e[:0]
 

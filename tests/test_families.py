@@ -1,0 +1,73 @@
+"""Stable Diffusion 1.x (noise), 2.x (velocity) and SDXL through the one door: diffusers' own numbers, every method, plain diffusers directories."""
+import pytest
+import torch
+from conftest import tiny_pipeline, tiny_xl_pipeline
+
+from unlearn_wb.concepts import Cache, Erasure
+from unlearn_wb.diffusion import BadModel, Denoiser, sample
+from unlearn_wb.loop import unlearn
+from unlearn_wb.registry import METHODS
+
+FAMILIES = {"sd1": lambda: tiny_pipeline("epsilon"), "sd2": lambda: tiny_pipeline("v_prediction"), "sdxl": tiny_xl_pipeline}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory): return Cache(tmp_path_factory.mktemp("painted"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_pass_is_diffusers_own_bit_for_bit(family):
+    pipe = FAMILIES[family]()
+    model, prompts = Denoiser(pipe, family), ["a cat by monet", "a dog"]
+    x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    if family == "sdxl":
+        states, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+        ids = pipe._get_add_time_ids((16, 16), (0, 0), (16, 16), dtype=torch.float32, text_encoder_projection_dim=24).expand(2, -1)
+        theirs = pipe.unet(x, t, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+    else: theirs = pipe.unet(x, t, encoder_hidden_states=pipe.encode_prompt(prompts, "cpu", 1, False)[0]).sample
+    ours = model.eps(x, t, model.embed(prompts))
+    if family == "sd2": theirs = model.abar[t].sqrt() * theirs + (1 - model.abar[t]).sqrt() * x
+    assert torch.equal(ours, theirs) if family != "sd2" else torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_sdxl_samples_what_its_pipeline_samples():
+    from diffusers import DPMSolverMultistepScheduler
+    pipe = tiny_xl_pipeline()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config({**pipe.scheduler.config, "timestep_spacing": "linspace"}, algorithm_type="dpmsolver++")
+    pipe.set_progress_bar_config(disable=True)
+    model, prompts, seeds = Denoiser(pipe, "xl"), ["a cat", "a dog by monet"], [5, 6]
+    latents = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    theirs = pipe(prompts, latents=latents, num_inference_steps=6, guidance_scale=3., output_type="pt").images
+    torch.testing.assert_close(sample(model, prompts, seeds, steps=6, guidance=3.), theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_a_step_on_every_family(family, name, cache):
+    model = Denoiser(FAMILIES[family](), family)
+    erasure = Erasure.find(model, "Van Gogh", kind="style", retain=("Monet", "Picasso"))
+    from dataclasses import fields, replace
+    config = METHODS[name].defaults(model, erasure)
+    small = dict(iterations=3, warmup=min(1, getattr(config, "warmup", 0)), batch_size=4, num_images=8, prompts=6, lr=1e-3, anchor_steps=2)
+    config = replace(config, **{k: v for k, v in small.items() if k in {f.name for f in fields(config)}})
+    method = METHODS[name].make(model, [erasure], config, cache)
+    before = {k: w.clone() for k, w in method.moved.weights().items()}
+    if hasattr(method, "solve"): method.solve()
+    else: assert all(torch.isfinite(torch.tensor(s.values.get("loss_u", 0.))) for s in unlearn(method))
+    after = method.moved.weights()
+    assert any(not torch.equal(before[k], after[k]) for k in before) and all(w.isfinite().all() for w in after.values())
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_saved_and_loaded_by_plain_diffusers(family, tmp_path):
+    from diffusers import DiffusionPipeline
+    FAMILIES[family]().save_pretrained(tmp_path / "m", safe_serialization=True)
+    ours, theirs = Denoiser.load(str(tmp_path / "m")), DiffusionPipeline.from_pretrained(tmp_path / "m", use_safetensors=True)
+    for k, v in theirs.unet.state_dict().items(): assert torch.equal(v, ours.unet.state_dict()[k])
+    assert ours.fingerprint() == Denoiser(FAMILIES[family]()).fingerprint()
+
+
+def test_another_kind_of_pipeline_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(BadModel, match="is a FluxPipeline; StableDiffusionPipeline and StableDiffusionXLPipeline are known"): Denoiser.load(str(tmp_path))
