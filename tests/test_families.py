@@ -71,3 +71,29 @@ def test_saved_and_loaded_by_plain_diffusers(family, tmp_path):
 def test_another_kind_of_pipeline_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(BadModel, match="is a FluxPipeline; StableDiffusionPipeline and StableDiffusionXLPipeline are known"): Denoiser.load(str(tmp_path))
+
+
+def test_a_runs_lora_loads_with_plain_diffusers_and_is_the_run(tmp_path):
+    from conftest import parameters
+    from diffusers import StableDiffusionPipeline
+    from unlearn_wb.workbench import Experiment
+    x = Experiment(parameters(concept="Van Gogh", run_dir=str(tmp_path / "run"), lora=1., precision="fp32"))
+    x.train(), x.examine(), x.finish()
+    model = tmp_path / "run/model"
+    card = (model / "README.md").read_text()
+    assert card.startswith("---\nbase_model: sandbox\n") and "| target | van gogh |" in card and '"method": "doco"' in card
+    pipe = StableDiffusionPipeline.from_pretrained(Denoiser.load().folder, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
+    base = pipe.unet(torch.ones(1, 4, 16, 16), 500, x.model.embed(["van gogh"])).sample
+    pipe.load_lora_weights(str(model), weight_name="lora.safetensors")
+    with torch.no_grad(): theirs, ours = pipe.unet(torch.ones(1, 4, 16, 16), 500, x.model.embed(["van gogh"])).sample, x.model.unet(torch.ones(1, 4, 16, 16), torch.tensor(500), x.model.embed(["van gogh"])).sample
+    assert (theirs - ours).abs().max() < 1e-3 * (base - ours).abs().max()
+    from safetensors.torch import load_file
+    kohya = load_file(model / "lora-kohya.safetensors")
+    k = next(k.removesuffix(".alpha") for k in kohya if k.endswith(".alpha"))
+    assert kohya[f"{k}.lora_down.weight"].shape[0] == kohya[f"{k}.alpha"] == kohya[f"{k}.lora_up.weight"].shape[1]
+
+
+def test_nothing_is_uploaded_without_a_hub(tmp_path, monkeypatch):
+    from unlearn_wb.export import push
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConnectionError, match="was not uploaded to 'me/x'"): push(tmp_path, "me/x")

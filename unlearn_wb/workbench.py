@@ -10,6 +10,7 @@ import torch
 from .concepts import BadConcept, Cache, Erasure, nearest_name
 from .diffusion import Denoiser, default_precision, sample
 from .evaluation import Evaluation, Gallery, ask, verdict
+from .export import extract_lora, licence_of, model_card, push
 from .loop import unlearn
 from .registry import METHODS
 from .metrics import SandboxJudge, judge_for
@@ -24,9 +25,9 @@ __all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'said', 'split_names', 'read
 
 # %% ../nbs/lib/14_workbench.ipynb #c005
 COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, batch_size=0, lr=0., combiner="", weight=-1., scope="", images="", retain="", num_images=0,
-              mode="simultaneous", options="", eval_images=60, seed=0, device="", precision="", run_dir="", resume=False)
+              mode="simultaneous", options="", eval_images=60, seed=0, device="", precision="", run_dir="", resume=False, lora=0., push_to_hub="")
 PARAMETERS = COMMON | dict(warmup=-1, disc_lr=0., lam=-1., granularity="", sees="")
-WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume")  # said of the experiment, not of the method
+WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume", "lora", "push_to_hub")  # said of the experiment, not of the method
 MODES = {"simultaneous": "all concepts in one training", "sequential": "one after the other, each from the last one's result"}
 
 def said(value) -> bool:
@@ -77,6 +78,7 @@ class Experiment:
         self.p, self.method_name = p, method
         if p["eval_images"] < 1: raise ValueError(f"eval_images = {p['eval_images']}; at least 1 is needed")
         choose("mode", p.get("mode", "simultaneous"), MODES)
+        if not 0 <= p.get("lora", 0.) <= 1: raise BadParameter(f"lora = {p['lora']}; a share of the energy up to 1 is needed, such as 0.99, or 0 for none")
         device = p["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = Denoiser.load(p["base_model"], device=device)
         names = split_names(p["concept"])
@@ -234,13 +236,13 @@ class Experiment:
         "Write model, report and page; returns the verdict with its numbers."
         out = verdict(self.table, self.targets) if hasattr(self, "table") else {"verdict": "No ground-truth judge lies beside this model: look at the grids."}
         out |= {"concept": self.p["concept"], "method": self.method_name, "alerts": alerts(self.run.trace()), "seconds_training": float(self.run.trace().seconds.sum()), "run": str(self.run.folder)}
-        card = f"# {self.p['base_model']} without {self.targets}\n\n{out['verdict']}\n\nMethod: {self.method.name}. Parameters: `config.json` of the run.\n" \
-               f"`changed.safetensors` holds the changed tensors alone.\n"
-        self.run.save_model(self.model, self.method.moved.weights(), card)
+        self.run.save_model(self.model, self.method.moved.weights(), model_card(out, self.run.config, licence_of(self.model.folder), getattr(self, "table", None)))
+        if self.p.get("lora"): extract_lora(Denoiser.load(self.p["base_model"]).unet.state_dict(), self.method.moved.weights(), self.p["lora"]).save(self.run.folder / "model")
         own = self.model.folder / "vocabulary.json" if self.model.folder else None
         if own and own.exists(): (self.run.folder / "model" / "vocabulary.json").write_text(own.read_text())
         write_json(self.run.folder / "report.json", out)
         (self.run.folder / "report.html").write_text(self._page(out))
+        if self.p.get("push_to_hub"): print(push(self.run.folder / "model", self.p["push_to_hub"]))
         return out
 
     def _page(self, out: dict) -> str:
