@@ -156,8 +156,9 @@ class Denoiser:
     def max_tokens(self): return self.tokenizer.model_max_length
 
     def autocast(self, precision: str):
-        "A context in which the heavy parts compute in bf16, or as they are (fp32)."
-        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        "A context in which the heavy parts compute in bf16 or fp16, or as they are (fp32)."
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.autocast(self.device.type, kinds[precision]) if precision in kinds else nullcontext()
 
     @property
     def base_hash(self) -> str:

@@ -13,7 +13,7 @@ from .scopes import choose
 from .surgery import Combiner
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'Gradients', 'Trainer', 'unlearn']
+__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'Together', 'Gradients', 'Trainer', 'unlearn']
 
 # %% ../nbs/lib/07_loop.ipynb #c005
 @dataclass(frozen=True)
@@ -36,15 +36,37 @@ class GradientMethod(Protocol):
     warmup: int  # steps at the beginning that leave the denoiser alone
     iterations: int  # steps in all, warm-up included
     def batch(self, step: int): "The step's batch; depends on (seed, step) alone."
-    def before(self, batch) -> dict: "What precedes the step (an adversary's turn); what it measured."
+    def before(self, *parts) -> dict: "What precedes the step (an adversary's turn); what it measured."
     def unlearning_loss(self, batch) -> torch.Tensor: "L_u, with its graph."
     def retaining_loss(self, batch) -> torch.Tensor | None: "L_r, with its graph; None when the method has none."
-    def after(self, batch) -> dict: "What follows the step (a discriminator's turn, an EMA); what it measured."
-    def warm_up(self, batch) -> dict: "A step that moves no weights of the denoiser."
+    def after(self, *parts) -> dict: "What follows the step (a discriminator's turn, an EMA); what it measured."
+    def warm_up(self, *parts) -> dict: "A step that moves no weights of the denoiser."
+    def pieces_of(self, batch, pieces: int) -> list: "The batch in equal pieces; only asked for where there are several."
     def state(self) -> dict: "Tensors of the method's own that a resume must restore."
     def load_state(self, tensors: dict): "Restore them."
 
-# %% ../nbs/lib/07_loop.ipynb #c007
+# %% ../nbs/lib/07_loop.ipynb #c008
+class Together:
+    "The processes that share a run: one, or those that torchrun or `accelerate launch` started."
+    def __init__(self):
+        d = torch.distributed
+        self.on = d.is_available() and d.is_initialized()
+        self.rank, self.size = (d.get_rank(), d.get_world_size()) if self.on else (0, 1)
+
+    def sum_(self, *tensors: torch.Tensor):
+        "Add up over all processes, in place."
+        if self.on:
+            for t in tensors: torch.distributed.all_reduce(t)
+
+    def sum(self, value: float) -> float:
+        "Add up a number over all processes."
+        if not self.on: return value
+        where = torch.device("cuda", torch.cuda.current_device()) if torch.distributed.get_backend() == "nccl" else "cpu"
+        t = torch.tensor(value, dtype=torch.float64, device=where)
+        torch.distributed.all_reduce(t)
+        return t.item()
+
+# %% ../nbs/lib/07_loop.ipynb #c009
 class Gradients:
     "Two flat buffers, Gu and Gr, of which the parameters' `.grad` are views."
     def __init__(self, params: list[nn.Parameter]):
@@ -58,7 +80,7 @@ class Gradients:
         self.flat[which].zero_()
         for p, v in zip(self.params, self.views[which]): p.grad = v
 
-# %% ../nbs/lib/07_loop.ipynb #c008
+# %% ../nbs/lib/07_loop.ipynb #c010
 SCHEDULES = {  # share of the run that is over, 0 to 1 -> factor of the learning rate
     "constant": lambda x: 1.,
     "cosine": lambda x: .5 + .5 * math.cos(math.pi * x)}
@@ -76,6 +98,10 @@ class Trainer:
         self.controls = {"lr": float(method.lr), "lam": float(self.combiner.lam), "weight": float(self.combiner.weight)}  # what may be turned while the loop runs
         self.events, self.layers = [], []  # what was turned since the last step; (step, angle of each parameter) where `watch_layers` is on
         self.watch_layers = False
+        self.together = method.together = Together()
+        self.pieces = getattr(method, "pieces", 1)  # passes that a process makes of its share of a batch
+        self.scale = 2. ** 12 if getattr(getattr(method, "config", None), "precision", "") == "fp16" else 1.  # of the losses, so that small gradients survive fp16
+        if self.together.size > 1 or self.pieces > 1: method.pieces_of(method.batch(0), self.pieces * self.together.size)  # refuses early what cannot be cut
 
     def turn(self, name: str,  # lr, lam or weight
              value: float):
@@ -108,26 +134,57 @@ class Trainer:
                 if found: self.optimizer.state[p] = found
         self.method.load_state({k[7:]: v for k, v in saved.items() if k.startswith("method.")})
 
-    def _warm_up(self, batch): return self.method.warm_up(batch)
+    def _cut(self, batch) -> list:
+        "This process's share of the batch, in pieces that fit."
+        count = self.pieces * self.together.size
+        if count == 1: return [batch]
+        return self.method.pieces_of(batch, count)[self.together.rank * self.pieces:][:self.pieces]
+
+    def _fitting(self, batch, act):
+        "Do it; when memory runs out, in pieces of half the size, to the same result."
+        while True:
+            try: return act(self._cut(batch))
+            except torch.OutOfMemoryError as e:
+                if torch.cuda.is_available(): torch.cuda.empty_cache()
+                try: self.method.pieces_of(batch, 2 * self.pieces * self.together.size)
+                except ValueError: raise e
+                self.pieces *= 2
+                print(f"out of memory at step {self.step + 1}: the batch goes through in {self.pieces} pieces from here on, to the same result", flush=True)
+
+    def _gradient(self, which, loss, parts) -> float | None:
+        "One side's gradient over all pieces and processes, in its buffer; the loss."
+        self.gradients.into(which)
+        total, share = 0., 1 / (self.pieces * self.together.size)
+        for part in parts:
+            l = loss(part)
+            if l is None: return None
+            (share * self.scale * l).backward()
+            total += share * l.item()
+        flat = self.gradients.flat[which]
+        self.together.sum_(flat)
+        if self.scale != 1: flat.div_(self.scale)
+        return self.together.sum(total)
+
+    def _warm_up(self, batch): return self._fitting(batch, lambda parts: self.method.warm_up(*parts))
 
     def _unlearn(self, batch):
         m, g = self.method, self.gradients
-        first = m.before(batch)
-        g.into("r")
-        loss_r = m.retaining_loss(batch)
-        if loss_r is not None: loss_r.backward()
-        g.into("u")
-        loss_u = m.unlearning_loss(batch)
-        loss_u.backward()
+        def both(parts):
+            first = m.before(*parts)
+            return parts, first, self._gradient("r", m.retaining_loss, parts), self._gradient("u", m.unlearning_loss, parts)
+        parts, first, loss_r, loss_u = self._fitting(batch, both)
+        if self.scale != 1 and not (g.flat["u"].isfinite().all() and g.flat["r"].isfinite().all()):  # fp16 overflowed: halve the scale, leave the weights alone
+            self.scale /= 2
+            return {"loss_u": loss_u, "loss_r": math.nan if loss_r is None else loss_r, "overflow": 1., "lr": self.controls["lr"]}
         stats = (replace(self.combiner, keep_angles=True) if self.watch_layers else self.combiner)(g.views["u"], g.views["r"])
         if stats.angles: self.layers.append((self.step + 1, stats.angles))
         norm = float(nn.utils.clip_grad_norm_(self.params, m.clip if m.clip else math.inf))  # once, after the projection
         lr = self.controls["lr"] * self.schedule((self.step - m.warmup) / max(1, self.total - m.warmup))
         for group in self.optimizer.param_groups: group["lr"] = lr
         self.optimizer.step()
-        values = {"loss_u": loss_u.item(), "loss_r": loss_r.item() if loss_r is not None else math.nan, "angle": stats.angle, "norm_u": stats.norm_u,
+        values = {"loss_u": loss_u, "loss_r": math.nan if loss_r is None else loss_r, "angle": stats.angle, "norm_u": stats.norm_u,
                   "norm_r": stats.norm_r, "norm": norm, "conflict": float(stats.conflict), "removed": stats.removed, "lr": lr}
-        return values | first | m.after(batch)
+        return values | first | m.after(*parts)
 
     def __iter__(self) -> Iterator[Step]:
         "Run to the end, one `Step` at a time. Raises `FloatingPointError` at the first loss that is not finite, before the weights see it."

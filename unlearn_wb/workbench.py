@@ -10,8 +10,9 @@ import torch
 from .concepts import BadConcept, Cache, Erasure, nearest_name
 from .diffusion import Denoiser, default_precision, sample
 from .evaluation import Evaluation, Gallery, ask, verdict
+from .launch import check_processes, launch
 from .export import extract_lora, licence_of, model_card, push
-from .loop import unlearn
+from .loop import Together, unlearn
 from .registry import METHODS
 from .metrics import SandboxJudge, judge_for
 from .plots import plot_angles, plot_discriminator, plot_logits, plot_losses, plot_rates, plot_similarity, show_images
@@ -25,9 +26,9 @@ __all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'said', 'split_names', 'read
 
 # %% ../nbs/lib/14_workbench.ipynb #c005
 COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, batch_size=0, lr=0., combiner="", weight=-1., scope="", images="", retain="", num_images=0,
-              mode="simultaneous", options="", eval_images=60, seed=0, device="", precision="", run_dir="", resume=False, lora=0., push_to_hub="")
+              mode="simultaneous", options="", eval_images=60, seed=0, device="", precision="", run_dir="", resume=False, lora=0., push_to_hub="", num_processes=1)
 PARAMETERS = COMMON | dict(warmup=-1, disc_lr=0., lam=-1., granularity="", sees="")
-WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume", "lora", "push_to_hub")  # said of the experiment, not of the method
+WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume", "lora", "push_to_hub", "num_processes")  # said of the experiment, not of the method
 MODES = {"simultaneous": "all concepts in one training", "sequential": "one after the other, each from the last one's result"}
 
 def said(value) -> bool:
@@ -79,6 +80,7 @@ class Experiment:
         if p["eval_images"] < 1: raise ValueError(f"eval_images = {p['eval_images']}; at least 1 is needed")
         choose("mode", p.get("mode", "simultaneous"), MODES)
         if not 0 <= p.get("lora", 0.) <= 1: raise BadParameter(f"lora = {p['lora']}; a share of the energy up to 1 is needed, such as 0.99, or 0 for none")
+        check_processes(p.get("num_processes", 1), p["device"])
         device = p["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = Denoiser.load(p["base_model"], device=device)
         names = split_names(p["concept"])
@@ -147,14 +149,28 @@ class Experiment:
 
     def train(self, every: int = 50):
         "Train (or solve) every stage to the end; checkpoints every so many steps. SIGTERM or the stop button finish the step, save and leave. The trace, a DataFrame."
+        self._elsewhere()
         for _ in self._stages(every): pass
         return self.run.trace()
 
     async def train_live(self, every: int = 50):
         "`train` for a notebook's cell: it awaits after every step, so that pause and stop act in a browser."
+        self._elsewhere()
         for watch in self._stages(every):
             if watch.live: await watch.turn()
         return self.run.trace()
+
+    def _elsewhere(self):
+        "Let several processes train, where that is asked for; what follows enters their last checkpoints."
+        n = self.p.get("num_processes", 1)
+        if n == 1 or hasattr(self.method, "solve"): return
+        self.method.pieces_of(self.method.batch(0), n * self.method.pieces)  # refuses what cannot be shared
+        import pandas as pd
+        bar, seen = self.progress(f"training in {n} processes"), lambda: sum(len(pd.read_parquet(f)) for f in self.run.folder.rglob("trace.parquet"))
+        total = self.config.iterations * len(self.stages)
+        launch(self.method_name, self.p, self.run.folder, n, lambda: bar(min(seen(), total - 1), total))
+        bar(total, total)
+        self.p = self.p | {"resume": True}
 
     def _stages(self, every):
         "All stages; yields its `Watch` after every step."
@@ -167,11 +183,12 @@ class Experiment:
             if len(self.stages) > 1 and done.exists(): load_changed(self.model.unet, done)  # finished before an interruption
             elif hasattr(self.method, "solve"): self._solve()
             else: yield from self._train(every)
-            if len(self.stages) > 1 and not done.exists():
+            if len(self.stages) > 1 and not done.exists() and Together().rank == 0:
                 if getattr(self, "trainer", None) and self.trainer.step < self.trainer.total: break  # stopped by hand
                 save_file({n: w.cpu().contiguous() for n, w in self.method.moved.weights().items()}, done)
+            Together().sum(0.)  # the others wait until it is written
             traces.append(self._at(k).trace().assign(stage=k + 1))
-        if len(self.stages) > 1 and traces: self.run.write_trace(pd.concat(traces, ignore_index=True).assign(step=lambda t: range(1, len(t) + 1)).to_dict("records"))
+        if len(self.stages) > 1 and traces and Together().rank == 0: self.run.write_trace(pd.concat(traces, ignore_index=True).assign(step=lambda t: range(1, len(t) + 1)).to_dict("records"))
 
     def _solve(self):
         began = time.perf_counter()
@@ -185,14 +202,16 @@ class Experiment:
             self.trainer.load_state(saved[0])
             rows = saved[1]
             print(f"resuming after step {self.trainer.step} of {self.trainer.total}")
+        together = self.trainer.together
         watch = self.watch(self.trainer.total, rows, self.trainer, self.before_after)
         watch.open()
         warmup = getattr(self.config, "warmup", 0)
         with leave_on_sigterm() as stop:
             for step in self.trainer:
                 go_on = watch.update(step) and not stop.requested
-                if step.index == warmup and hasattr(self.method, "examine"): write_json(self.run.folder / "warmup.json", {k: v.tolist() for k, v in self.method.examine().items()})
-                if step.index % every == 0 or step.done or not go_on: self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
+                if together.on: go_on = together.sum(float(not go_on)) == 0  # all leave at the same step
+                if step.index == warmup and hasattr(self.method, "examine") and together.rank == 0: write_json(self.run.folder / "warmup.json", {k: v.tolist() for k, v in self.method.examine().items()})
+                if together.rank == 0 and (step.index % every == 0 or step.done or not go_on): self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
                 if not go_on: break
                 yield watch
         watch.close()

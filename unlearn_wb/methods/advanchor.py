@@ -43,6 +43,7 @@ class Adversary:
         start = 1e-3 * torch.randn(rows, method.target_states.shape[-1], generator=seeded(c.seed, "adversary"))
         self.e = start.to(model.device).requires_grad_(True)  # (rows, D)
         self.optimizer = torch.optim.Adam([self.e], lr=c.anchor_lr)
+        self.piled = torch.zeros_like(self.e)  # gradients since the beginning: what the released code steps along
         self.path = []  # the perturbation after each turn
 
     def anchor(self, b) -> torch.Tensor:  # (B,L,D)
@@ -61,24 +62,33 @@ class Adversary:
         near, own = (near - plain).flatten(1), (own - plain).flatten(1)
         return (near * own).mean() if self.product else F.cosine_similarity(near, own).mean()
 
-    def turn(self, b, most: int | None = None) -> dict:
-        "Perturb until the similarity is zero or S steps are done; leave the anchor in the batch."
-        steps, s = self.config.anchor_steps if most is None else most, None
+    def turn(self, parts, most: int | None = None) -> dict:
+        "Perturb until the similarity is zero or S steps are done; leave the anchor in the batch, or in each of its pieces."
+        parts = parts if isinstance(parts, list) else [parts]
+        steps, s, together = self.config.anchor_steps if most is None else most, None, self.method.together
+        share = 1 / (len(parts) * together.size)
         for k in range(steps):
-            s = self.similarity(b)
+            s, mine = 0., torch.zeros_like(self.e)
+            for b in parts:
+                one = share * self.similarity(b)
+                s += one.item()
+                mine += torch.autograd.grad(one, self.e)[0]
+            s = together.sum(s)
             if s <= 0: break
-            if not self.keep_grad: self.optimizer.zero_grad()
-            s.backward()
+            together.sum_(mine)
+            if self.keep_grad: mine = self.piled = self.piled + mine
+            self.e.grad = mine
             self.optimizer.step()
-        b.other = self.anchor(b).detach()
+        for b in parts: b.other = self.anchor(b).detach()
         self.path.append(self.e.detach().clone())
-        return {"similarity": float(s.detach()) if s is not None else float("nan"), "anchor_steps": k + 1 if steps else 0, "anchor_norm": float(self.e.detach().norm(dim=1).mean())}
+        return {"similarity": s if s is not None else float("nan"), "anchor_steps": k + 1 if steps else 0, "anchor_norm": float(self.e.detach().norm(dim=1).mean())}
 
     def state(self) -> dict:
         found = self.optimizer.state.get(self.e, {})
-        return {"adversary.e": self.e.detach()} | {f"adversary.{n}": v for n, v in found.items()}
+        return {"adversary.e": self.e.detach(), "adversary.piled": self.piled} | {f"adversary.{n}": v for n, v in found.items()}
     def load_state(self, saved: dict):
         with torch.no_grad(): self.e.copy_(saved["adversary.e"])
+        self.piled = saved["adversary.piled"].clone()
         found = {n: saved[f"adversary.{n}"].clone() for n in ("step", "exp_avg", "exp_avg_sq") if f"adversary.{n}" in saved}
         if found: self.optimizer.state[self.e] = found
 
@@ -123,12 +133,12 @@ class AdvAnchor(Anchored):
         "In cycles while a cyclical anchor is built."
         return super().batch(step % self.config.cycle if self.config.schedule == "cyclical" and step < self.config.construct else step)
 
-    def warm_up(self, batch) -> dict:
+    def warm_up(self, *parts) -> dict:
         "A step that only builds the anchor."
-        return self.adversary.turn(batch[0], 1 if self.config.schedule == "cyclical" else None)
+        return self.adversary.turn([b for b, _ in parts], 1 if self.config.schedule == "cyclical" else None)
 
-    def before(self, batch) -> dict:
-        return self.adversary.turn(batch[0], None if self.config.schedule == "alternating" else 0)
+    def before(self, *parts) -> dict:
+        return self.adversary.turn([b for b, _ in parts], None if self.config.schedule == "alternating" else 0)
 
     def distance(self, a, b): return (a - b).flatten(1).norm(dim=1).mean() if self.config.norm else F.mse_loss(a, b)
 
@@ -155,4 +165,4 @@ class AdvAnchor(Anchored):
 
 PRESETS = {"paper": dict(norm=True), "adv2": dict(anchor_loss="adv2"), "released": dict(product=True, keep_grad=True, positions="words", keep_prompt="painting")}
 
-defaults = defaults_for(AdvAnchorConfig(), dict(iterations=200, lr=5e-4, weight=40., lr_schedule="cosine", clip=1., batch_size=8, scope="xattn-kv", num_images=96, anchor_lr=2e-2, anchor_steps=5, positions="tail", keep="drift"), PRESETS)
+defaults = defaults_for(AdvAnchorConfig(), dict(iterations=150, lr=5e-4, weight=20., lr_schedule="cosine", clip=1., batch_size=8, scope="xattn", num_images=96, anchor_lr=5e-2, anchor_steps=5, positions="tail", keep="drift"), PRESETS)

@@ -4,13 +4,13 @@
 
 # %% ../../nbs/methods/anchored.ipynb #c002
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
 from ..diffusion import Denoiser, add_noise, denoise, embed_each, sample, seeded
 from ..scopes import ADAPTED, SCOPES, Adapters, Moved, choose
-from ..loop import SCHEDULES
+from ..loop import SCHEDULES, Together
 from ..surgery import GRANULARITIES, RULES, Combiner
 
 # %% auto #0
@@ -45,7 +45,9 @@ class MethodConfig:
     clip: float = 1.  # of the step's gradient, after the projection; 0 for none
     t_min: int = 0  # smallest and
     t_max: int = 1000  # largest timestep that is trained (exclusive)
-    precision: str = "fp32"  # fp32 or bf16 autocast
+    precision: str = "fp32"  # fp32, or bf16 or fp16 autocast
+    micro_batch: int = 0  # images that go through at once; 0 for the whole batch
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     seed: int = 0  # of everything random
 
 IMAGES = {"anchor": "DoCo, ConAbl", "target": "noised images of the target", "both": "half and half", "sampled": "ESD, SDD: the moving model's own sampling path, guidance 3"}
@@ -53,7 +55,7 @@ KEEPS = {"images": "DoCo Eq. 9: the diffusion loss on images of the anchor and t
          "empty": "squared distance to the original's predictions for the empty prompt (AdvAnchor)", "none": "nothing holds the rest"}
 
 ADV = {"adv1": "predictions", "adv2": "changes of the prediction against the empty prompt"}  # of which the adversary lowers the similarity
-PRECISIONS = {"fp32": "32-bit floats", "bf16": "bfloat16 autocast"}
+PRECISIONS = {"fp32": "32-bit floats", "bf16": "bfloat16 autocast", "fp16": "half-precision autocast, losses scaled"}
 ANCHORS = {"prompt": "a word, or a description", "nothing": "the empty prompt", "adversarial": "AdvAnchor: found while training"}
 
 # %% ../../nbs/methods/anchored.ipynb #c007
@@ -103,6 +105,7 @@ class Noised:
 class Anchored:
     "A gradient method on pairs of target and anchor prompts; a subclass says what the pull is."
     name = "anchored"
+    couples = ""  # why a batch cannot be cut into pieces, where it cannot
     takes_anchor = True  # False: the loss has no anchor to replace
     choices = {"images": IMAGES, "keep": KEEPS, "anchors": ANCHORS, "anchor_loss": ADV, "precision": PRECISIONS, "lr_schedule": SCHEDULES, "granularity": GRANULARITIES, "combiner": RULES, "scope": SCOPES | ADAPTED}  # field of the configuration -> its values
     def __init__(self, model: Denoiser,
@@ -116,8 +119,11 @@ class Anchored:
         if config.anchors != "prompt" and not self.takes_anchor: raise ValueError(f"anchors = {config.anchors}; {self.name} pulls to no anchor: leave it at prompt")
         self.combiner = Combiner(config.combiner, config.granularity, config.lam, config.weight)
         if config.keep == "none" and config.combiner not in RULES: raise ValueError(f"combiner {config.combiner} weighs two gradients, and keep = none gives one; choose another keep, or combiner sum")
-        self.model, self.config, self.erasures = model, config, erasures
+        self.model, self.config, self.erasures, self.together = model, config, erasures, Together()
         for k in ("lr", "lr_schedule", "weight_decay", "clip", "warmup", "iterations", "seed"): setattr(self, k, getattr(config, k))
+        if config.micro_batch and config.batch_size % config.micro_batch: raise ValueError(f"micro_batch = {config.micro_batch} does not divide batch_size = {config.batch_size}; choose a divisor")
+        self.pieces = config.batch_size // config.micro_batch if config.micro_batch else 1
+        if config.checkpointing: model.unet.enable_gradient_checkpointing()
         self.moved = self.moving()
         self.params = self.moved.params
         self.banks = self.make_banks()
@@ -198,12 +204,22 @@ class Anchored:
             if not original: return self.model.eps(b.x_t, b.t, c)
             with self.moved.original(): return self.model.eps(b.x_t, b.t, c)
 
-    def before(self, batch) -> dict:
+    def pieces_of(self, batch, pieces: int) -> list:
+        "The batch in so many equal pieces. Raises `ValueError` where that is another computation."
+        if self.couples: raise ValueError(f"{self.name} cannot cut a batch into pieces: {self.couples}; leave micro_batch at 0 and take one process")
+        if len(batch[0].t) % pieces or batch[1] is not None and len(batch[1].t) % pieces: raise ValueError(f"a batch of {len(batch[0].t)} does not come in {pieces} equal pieces; choose a batch_size that processes times pieces divide")
+        def parts(b):
+            if b is None: return [None] * pieces
+            cut = {f.name: getattr(b, f.name).chunk(pieces) if torch.is_tensor(getattr(b, f.name)) else (None,) * pieces for f in fields(b)}
+            return [replace(b, **{k: v[i] for k, v in cut.items()}) for i in range(pieces)]
+        return list(zip(*(parts(b) for b in batch)))
+
+    def before(self, *parts) -> dict:
         "An adversarial anchor's turn, where there is one."
-        return self.adversary.turn(batch[0]) if self.adversary else {}
+        return self.adversary.turn([b for b, _ in parts]) if self.adversary else {}
 
     def nothing(self, b: Noised) -> torch.Tensor: return self.null.expand(len(b.t), -1, -1)
-    def after(self, batch) -> dict: return {}
+    def after(self, *parts) -> dict: return {}
     def state(self) -> dict[str, torch.Tensor]: return self.adversary.state() if self.adversary else {}
     def load_state(self, saved: dict[str, torch.Tensor]):
         if self.adversary: self.adversary.load_state(saved)

@@ -90,21 +90,29 @@ class DoCo(Anchored):
         "z of the anchor side."
         return self.see(b, self.eps(b, b.other, original=True) if self.config.anchor_side == "frozen" else self.eps(b, b.other))
 
-    def after(self, batch) -> dict:
+    def after(self, *parts) -> dict:
         "D's turn, on what it was just shown and the anchor's counterpart."
-        b, _ = batch
-        anchor, target = self.score(self.anchor_view(b), b), self.score(b.z, b)
-        loss = self.d_loss(anchor, target)
-        self.d_optimizer.zero_grad()
-        loss.backward()
+        share, seen = 1 / (len(parts) * self.together.size), torch.zeros(4, dtype=torch.float64)
+        self.d_optimizer.zero_grad(set_to_none=False)
+        for b, _ in parts:
+            anchor, target = self.score(self.anchor_view(b), b), self.score(b.z, b)
+            loss = self.d_loss(anchor, target)
+            (share * loss).backward()
+            seen += share * torch.tensor([loss.item(), accuracy(anchor, target).item(), anchor.mean().item(), target.mean().item()], dtype=torch.float64)
+        self.together.sum_(*(p.grad for p in self.D.parameters() if p.grad is not None))
         self.d_optimizer.step()
-        return {"loss_d": loss.item(), "d_acc": accuracy(anchor, target).item(), "logit_anchor": anchor.mean().item(), "logit_target": target.mean().item()}
+        return dict(zip(("loss_d", "d_acc", "logit_anchor", "logit_target"), (self.together.sum(v) for v in seen.tolist())))
 
-    def warm_up(self, batch) -> dict:
+    def warm_up(self, *parts) -> dict:
         "D learns the difference that is still there; no graph through the denoiser."
-        b, _ = batch
-        with torch.no_grad(): b.z = self.see(b, self.eps(b))
-        return self.after(batch)
+        for b, _ in parts:
+            with torch.no_grad(): b.z = self.see(b, self.eps(b))
+        return self.after(*parts)
+
+    def pieces_of(self, batch, pieces: int) -> list:
+        "As in every anchored method; batch norm would look at each piece alone."
+        if self.config.d_norm == "batch": raise ValueError("d_norm = batch looks at the whole batch, which cannot be cut into pieces; choose d_norm group, or leave micro_batch at 0 and take one process")
+        return super().pieces_of(batch, pieces)
 
     @torch.no_grad()
     def examine(self, n: int = 128) -> dict[str, torch.Tensor]:

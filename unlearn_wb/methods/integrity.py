@@ -38,7 +38,7 @@ class Saddle(Anchored):
         if config.budget <= 0: raise ValueError(f"budget = {config.budget}; a positive drift is needed, such as 0.001")
         if config.keep == "none" or config.combiner != "sum": raise ValueError(f"keep = {config.keep}, combiner = {config.combiner}; Saddle's price weighs a drift in a plain sum: keep drift, combiner sum")
         super().__init__(model, erasures, config, cache, callback)
-        self.mu, self.drift = config.price, 0.
+        self.mu, self.drift, self.seen = config.price, 0., []
 
     def unlearning_loss(self, batch) -> torch.Tensor:
         "L_f: distance to the original's prediction under the anchor."
@@ -48,11 +48,12 @@ class Saddle(Anchored):
     def retaining_loss(self, batch) -> torch.Tensor:
         "mu times the drift; the budget is a constant."
         drift = super().retaining_loss(batch)
-        self.drift = float(drift.detach())
+        self.seen.append(float(drift.detach()))
         return self.mu * drift
 
-    def after(self, batch) -> dict:
+    def after(self, *parts) -> dict:
         "Dual ascent on the price."
+        self.drift, self.seen = self.together.sum(sum(self.seen) / len(self.seen)) / self.together.size, []
         self.mu = max(0., self.mu + self.config.dual_lr * (self.drift - self.config.budget))
         return {"mu": self.mu, "drift": self.drift}
 
@@ -79,6 +80,7 @@ class OVWConfig(IntegrityConfig):
 class OVW(Anchored):
     "One-versus-whole contrast (reconstruction)."
     name = "OVW (reconstruction)"
+    couples = "each image is held against other images' prompts"
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: OVWConfig, cache=None, callback=None):
         if config.tau <= 0: raise ValueError(f"tau = {config.tau}; a positive temperature is needed, such as 0.05")
         if config.keep not in ("drift", "images"): raise ValueError(f"keep = {config.keep}; OVW contrasts with the retained prompts: drift or images")

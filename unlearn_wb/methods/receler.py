@@ -37,6 +37,7 @@ class Receler(Anchored):
     "Reliable concept erasing by lightweight erasers (Huang et al. 2024, Eqs. 4-8)."
     name = "Receler"
     takes_anchor = False
+    couples = "its soft tokens are trained on the whole batch"
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: RecelerConfig, cache=None, callback=None):
         if config.scope != "eraser": raise ValueError(f"scope = {config.scope}; Receler's erasers stand on the cross-attention's output: leave it at eraser")
         super().__init__(model, erasures, config, cache, callback)
@@ -64,11 +65,11 @@ class Receler(Anchored):
         self.soft = soft.detach()
         return float(loss.detach())
 
-    def before(self, batch) -> dict:
+    def before(self, *parts) -> dict:
         "Now and then the adversary's turn."
         self.turns += 1
-        found = {"attack": self.attack(batch[0])} if self.config.soft_tokens and self.turns % self.config.soft_every == 0 else {}
-        return super().before(batch) | found
+        found = {"attack": self.attack(parts[0][0])} if self.config.soft_tokens and self.turns % self.config.soft_every == 0 else {}
+        return super().before(*parts) | found
 
     def unlearning_loss(self, batch) -> torch.Tensor:
         "ESD's loss; every second time with the adversary's tokens in place."

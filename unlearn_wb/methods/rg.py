@@ -71,6 +71,7 @@ class RG(Anchored):
     "Restricted gradient, with diversified data RGD (Ko et al. 2024, Theorem 4 and Section 4)."
     name = "RG"
     takes_anchor = False
+    couples = "the truncation looks at the loss of the whole batch"
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: RGConfig, cache=None, callback=None):
         if config.truncate <= 0: raise ValueError(f"truncate = {config.truncate}; a positive loss is needed, such as 1.5")
         if config.images not in ("target", "both"): raise ValueError(f"images = {config.images}; ascent needs images of the target: target or both")

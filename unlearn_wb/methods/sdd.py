@@ -43,7 +43,7 @@ class SDD(Anchored):
         return F.mse_loss(self.eps(b), goal)
 
     @torch.no_grad()
-    def after(self, batch) -> dict:
+    def after(self, *parts) -> dict:
         "The teacher follows."
         for k, p in self.params.items(): self.teacher[k].lerp_(p, 1 - self.config.ema)
         return {}

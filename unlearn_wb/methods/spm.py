@@ -34,6 +34,7 @@ class SPMConfig(MethodConfig):
 class SPM(Anchored):
     "Semi-permeable membrane (Lyu et al. 2024, Eqs. 4-7)."
     name = "SPM"
+    couples = "random texts are dealt to the images of the whole batch"
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: SPMConfig, cache=None, callback=None):
         if config.scope not in ("adapter", "adapter-kv"): raise ValueError(f"scope = {config.scope}; SPM moves adapters: adapter or adapter-kv")
         super().__init__(model, erasures, config, cache, callback)

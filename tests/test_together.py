@@ -1,0 +1,105 @@
+"""Batches in pieces and runs on several processes: the same result as one process with the whole batch."""
+import pytest
+import torch
+from conftest import tiny_pipeline
+
+from unlearn_wb.concepts import Cache, Erasure
+from unlearn_wb.diffusion import Denoiser
+from unlearn_wb.loop import unlearn
+from unlearn_wb.registry import METHODS
+
+SMALL = dict(iterations=4, batch_size=8, num_images=8, prompts=6, lr=1e-3, precision="fp32", anchor_steps=2)
+CUTTABLE = [n for n, m in METHODS.items() if hasattr(m.make, "couples") and not m.make.couples]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory): return Cache(tmp_path_factory.mktemp("painted"))
+
+
+def run(name, cache, **changes):
+    from dataclasses import fields, replace
+    model = Denoiser(tiny_pipeline(), "tiny")
+    erasure = Erasure.find(model, "Van Gogh", kind="style", retain=("Monet", "Picasso"))
+    config = METHODS[name].defaults(model, erasure)
+    small = {**SMALL, "warmup": min(1, getattr(config, "warmup", 0)), **changes}
+    method = METHODS[name].make(model, [erasure], replace(config, **{k: v for k, v in small.items() if k in {f.name for f in fields(config)}}), cache)
+    if method.adversary:  # away from the concept: at it the similarity is 1 and its gradient nothing but rounding
+        with torch.no_grad(): method.adversary.e.normal_(0, 2, generator=torch.Generator().manual_seed(0))
+    trainer = unlearn(method)
+    return [s.row() for s in trainer], {k: p.detach().clone() for k, p in method.params.items()}, trainer
+
+
+def close(a, b):
+    "The same weights, as far as Adam lets rounding show: its first steps have the size of lr whatever the gradient's."
+    start = dict(tiny_pipeline().unet.named_parameters())
+    far = sum(float((a[k] - b[k]).square().sum()) for k in a) ** .5
+    went = sum(float((a[k] - (start[k] if k in start else 0)).square().sum()) for k in a) ** .5
+    assert went > 0
+    print(f"relative difference {far / went:.2e}")
+    return far < 2e-3 * went
+
+
+@pytest.mark.parametrize("name", CUTTABLE)
+def test_pieces_are_the_whole(name, cache):
+    whole, w, _ = run(name, cache)
+    pieces, p, trainer = run(name, cache, micro_batch=2)
+    assert trainer.pieces == 4 and close(w, p), name
+    assert pieces[-1]["loss_u"] == pytest.approx(whole[-1]["loss_u"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("method, options", [("doco", "warmup=2, d_each=false"), ("saddle", "")])
+def test_two_processes_are_one(method, options, tmp_path):
+    from unlearn_wb.workbench import COMMON, Experiment
+    p = COMMON | dict(concept="Van Gogh", iterations=5, num_images=8, batch_size=4, eval_images=2, precision="fp32", options=options)
+    one = Experiment(p | dict(run_dir=str(tmp_path / "one")), method)
+    one.train()
+    two = Experiment(p | dict(run_dir=str(tmp_path / "two"), num_processes=2), method)
+    trace = two.train()
+    assert "5 steps in 2 processes" in (tmp_path / "two/launch.log").read_text()
+    start = Denoiser.load().unet.state_dict()
+    a, b = one.method.moved.weights(), two.method.moved.weights()
+    far, went = (sum(float((a[k] - x[k]).square().sum()) for k in a) ** .5 for x in (b, start))
+    assert len(trace) == 5 and 0 < went and far < 2e-3 * went, (far, went)
+    two.examine()
+    assert two.finish()["verdict"]
+
+
+def test_what_several_processes_cannot_do_is_said_at_once(tmp_path):
+    from unlearn_wb.workbench import COMMON, Experiment
+    p = COMMON | dict(concept="Van Gogh", iterations=5, num_images=8, batch_size=4, eval_images=2)
+    with pytest.raises(ValueError, match="num_processes = 4096, and this machine has"): Experiment(p | dict(num_processes=4096, run_dir=str(tmp_path / "a")), "doco")
+    with pytest.raises(ValueError, match="RG cannot cut a batch"): Experiment(p | dict(num_processes=2, run_dir=str(tmp_path / "b")), "rg").train()
+    with pytest.raises(ValueError, match="does not come in 2 equal pieces"): Experiment(p | dict(num_processes=2, batch_size=5, run_dir=str(tmp_path / "c")), "conabl").train()
+
+
+def test_checkpointed_activations_give_the_same_weights(cache):
+    _, w, _ = run("doco", cache)
+    _, p, _ = run("doco", cache, checkpointing=True)
+    assert close(w, p)
+
+
+def test_out_of_memory_halves_the_pieces_and_goes_on(cache, monkeypatch, capsys):
+    _, w, _ = run("conabl", cache)
+    make, plain = METHODS["conabl"].make, METHODS["conabl"].make.unlearning_loss
+    def tight(self, batch):
+        if len(batch[0].t) > 2: raise torch.OutOfMemoryError("full")
+        return plain(self, batch)
+    monkeypatch.setattr(make, "unlearning_loss", tight)
+    _, p, trainer = run("conabl", cache)
+    assert trainer.pieces == 4 and close(w, p)
+    assert "in 4 pieces" in capsys.readouterr().out
+    def hopeless(self, batch): raise torch.OutOfMemoryError("full")
+    monkeypatch.setattr(make, "unlearning_loss", hopeless)
+    with pytest.raises(torch.OutOfMemoryError): run("conabl", cache)
+
+
+def test_fp16_skips_what_overflows_and_learns(cache):
+    rows, w, trainer = run("conabl", cache, precision="fp16", iterations=12)
+    assert all(v.isfinite().all() for v in w.values()) and "angle" in rows[-1]
+
+
+def test_what_cannot_be_cut_says_why(cache):
+    for name, part in (("rg", "truncation looks at the loss of the whole batch"), ("receler", "soft tokens"), ("spm", "random texts"), ("ovw", "held against other images")):
+        with pytest.raises(ValueError, match=part): run(name, cache, micro_batch=2)
+    with pytest.raises(ValueError, match="micro_batch = 3 does not divide batch_size = 8"): run("conabl", cache, micro_batch=3)
+    with pytest.raises(ValueError, match="d_norm = batch"): run("doco", cache, micro_batch=2, d_norm="batch")
