@@ -10,7 +10,7 @@ from .runs import slug
 
 # %% auto #0
 __all__ = ['PAGES', 'HOME', 'CONF', 'CSS', 'directives', 'exported', 'reference', 'find_symbols', 'link_names', 'page_of',
-           'setup', 'heading', 'build', 'faults']
+           'setup', 'heading', 'build', 'faults', 'shrink', 'shrink_notebook']
 
 # %% ../nbs/lib/17_site.ipynb #c005
 PAGES = {  # caption -> pages, by their place under nbs/
@@ -241,3 +241,23 @@ def faults(site: Path) -> list[str]:
             if not where.exists(): out.append(f"{name} links to {link}, which is not there")
             elif anchor and where in pages and anchor not in pages[where].ids: out.append(f"{name} links to {link}, an anchor that is not there")
     return out
+
+# %% ../nbs/lib/17_site.ipynb #c019
+def shrink(data: bytes, colours: int = 256) -> bytes:
+    "A PNG with a palette, where that is smaller."
+    import io
+    from PIL import Image
+    picture, out = Image.open(io.BytesIO(data)), io.BytesIO()
+    if picture.mode == "P": return data
+    picture.convert("RGBA").quantize(colours, method=Image.Quantize.FASTOCTREE).save(out, format="PNG", optimize=True)
+    return min(data, out.getvalue(), key=len)
+
+def shrink_notebook(path: str | Path):
+    "Shrink the pictures in a notebook's outputs, in place."
+    import base64
+    path = Path(path)
+    nb = json.loads(path.read_text())
+    for cell in nb["cells"]:
+        for o in cell.get("outputs", []):
+            if "image/png" in o.get("data", {}): o["data"]["image/png"] = base64.b64encode(shrink(base64.b64decode("".join(o["data"]["image/png"])))).decode()
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")

@@ -16,7 +16,7 @@ from .plots import plot_embedding, plot_patches, plot_similarity, plot_traces, s
 from .reference import reference_for
 from .registry import METHODS
 from .runs import BadRun, Run
-from .widgets import Watch, png, sentence, someone_watches
+from .widgets import Watch, aloud, png, sentence, someone_watches
 from .workbench import COMMON, Experiment, read_options, split_names
 
 # %% auto #0
@@ -158,6 +158,7 @@ class Explorer:
         names = list(dict.fromkeys([e.anchor, *[n for n in e.similar if n != e.target]]))
         self.anchor.options = [(f"{n}  ({e.similar[n]:+.2f})" if n in e.similar else n, n) for n in names]
         self.anchor.value = e.anchor
+        self.said.value = "<span role='status'>painting what the suggested anchors look like, about three seconds</span>"
         self.strip.value = png(anchor_strip(self.model, e))
         self._method()
 
@@ -329,8 +330,9 @@ class Explorer:
             chosen = [Path(f) / "report.html" for f in names.value]
             there = [f for f in chosen if f.exists()]
             page.value = f"<iframe title='report' style='width:100%;height:40em;border:1px solid #888' srcdoc='{html.escape(there[0].read_text())}'></iframe>" if there else "no report in what is selected: examine the run first" if chosen else "select a run"
-        for c in (where, word): c.observe(listed, "value")
-        for c in (names, key): c.observe(drawn, "value")
-        refresh.on_click(listed), open_.on_click(opened)
+        wrong = lambda text: setattr(page, "value", f"<b style='color:#b00'>&#9888; {html.escape(text)}</b>")
+        for c in (where, word): c.observe(aloud(listed, wrong), "value")
+        for c in (names, key): c.observe(aloud(drawn, wrong), "value")
+        refresh.on_click(aloud(listed, wrong)), open_.on_click(aloud(opened, wrong))
         listed()
         display(w.VBox([w.HBox([where, word, refresh]), w.HBox([names, w.VBox([key, open_])]), picture, page]))

@@ -11,7 +11,7 @@ from .loop import Step
 from .plots import live_figure, plot_layers, update_live
 
 # %% auto #0
-__all__ = ['SHARE', 'someone_watches', 'png', 'sentence', 'Watch', 'Progress', 'browse_front']
+__all__ = ['SHARE', 'someone_watches', 'png', 'aloud', 'sentence', 'Watch', 'Progress', 'browse_front']
 
 # %% ../nbs/lib/12_widgets.ipynb #c004
 def someone_watches() -> bool:
@@ -26,6 +26,13 @@ def png(fig, dpi: int = 80) -> bytes:
     fig.savefig(out, format="png", dpi=dpi)
     plt.close(fig)
     return out.getvalue()
+
+def aloud(act: Callable, say: Callable) -> Callable:
+    "A widget's handler that cannot fail silently: `say(sentence)` tells what went wrong."
+    def guarded(*args):
+        try: return act(*args)
+        except Exception as error: say(sentence(error))
+    return guarded
 
 def sentence(error: BaseException) -> str:
     "An error as it is told everywhere: its sentence, or its kind where it has none."
@@ -56,7 +63,7 @@ class Watch:
         from IPython.display import display
         self.fig = live_figure(go.FigureWidget)
         self.progress, self.note = w.IntProgress(max=self.total, value=len(self.rows), layout=dict(width="30%")), w.HTML("starting")
-        button = lambda text, icon, tip, act: (b := w.Button(description=text, icon=icon, tooltip=tip, layout=dict(width="7em")), b.on_click(lambda _: act()))[0]
+        button = lambda text, icon, tip, act: (b := w.Button(description=text, icon=icon, tooltip=tip, layout=dict(width="7em")), b.on_click(aloud(lambda _: act(), lambda text: self.say(text, wrong=True))))[0]
         self.pause, self.step = button("Pause", "pause", "hold after this step, or go on", self._toggle), button("Step", "step-forward", "while paused: one step", lambda: setattr(self, "single", True))
         self.stop, self.by_layer = button("Stop", "stop", "finish this step, save and leave", lambda: setattr(self, "stopped", True)), button("By layer", "th", "angles between the gradients by layer", self._layers)
         self.picture, self.heat = w.Image(format="png", layout=dict(max_width="100%", display="none")), w.Image(format="png", layout=dict(max_width="100%", display="none"))

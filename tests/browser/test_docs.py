@@ -4,7 +4,9 @@ import http.server
 import threading
 
 import pytest
-from conftest import ROOT, free_port
+from hands import ROOT, browser, free_port, needs_browser, shot  # noqa: F401 (fixtures)
+
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")

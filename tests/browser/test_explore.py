@@ -4,7 +4,9 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import SHOTS, run_all
+from hands import SHOTS, browser, lab, needs_browser, run_all, shot  # noqa: F401 (fixtures)
+
+pytestmark = needs_browser
 
 QUICK = dict(options="iterations=400, warmup=10, num_images=16", eval_images=4)
 
@@ -102,7 +104,7 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
 
 def test_the_same_notebook_is_an_app_without_code(browser, tmp_path, shot):
     import os, shutil, subprocess, sys
-    from conftest import ROOT, free_port, wait_for
+    from hands import ROOT, free_port, wait_for
     shutil.copy(ROOT / "nbs/explore.ipynb", tmp_path)
     port = free_port()
     with open(tmp_path / "log", "w") as log:

@@ -16,11 +16,7 @@ SHOTS = Path(__file__).parent / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def pytest_collection_modifyitems(items):
-    "Without a browser these tests are skipped, unless the machine promised one (UNLEARN_WB_NEEDS_BROWSER)."
-    if CHROMIUM or os.environ.get("UNLEARN_WB_NEEDS_BROWSER"): return
-    for item in items:
-        if "browser" in str(item.path): item.add_marker(pytest.mark.skip(reason="no Chromium on this machine; install the package chromium to run the browser tests"))
+needs_browser = pytest.mark.skipif(not CHROMIUM and not os.environ.get("UNLEARN_WB_NEEDS_BROWSER"), reason="no Chromium on this machine; install the package chromium to run the browser tests")  # a machine that promised one does not skip
 
 
 def free_port():
