@@ -120,6 +120,7 @@ def page_of(nb: dict, page: str, symbols: dict, module: str = "") -> dict:
         for o in outputs:
             o.get("data", {}).pop("application/vnd.plotly.v1+json", None)
             o.pop("has_sd", None)
+            if "text/markdown" in o.get("data", {}): o["data"]["text/markdown"] = re.sub(r"\((?!\w+:)([^)]+)\.ipynb(#[^)]*)?\)", r"(\1.html\2)", "".join(o["data"]["text/markdown"]))
         tags = ["hide-input"] if "export" in marks else []
         if "parameters" in c["metadata"].get("tags", []): tags = []
         alt = f"{title}: {said}" if said else title
