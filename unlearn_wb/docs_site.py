@@ -117,14 +117,18 @@ def page_of(nb: dict, page: str, symbols: dict, module: str = "") -> dict:
         if "default_exp" in marks or "hide" in marks or not source.strip(): continue
         body = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
         outputs = [o for o in c.get("outputs", []) if not (o["output_type"] == "stream" and o.get("name") == "stderr")]
+        written = [o for o in outputs if "text/markdown" in o.get("data", {})]  # becomes part of the page
+        outputs = [o for o in outputs if o not in written]
         for o in outputs:
             o.get("data", {}).pop("application/vnd.plotly.v1+json", None)
             o.pop("has_sd", None)
-            if "text/markdown" in o.get("data", {}): o["data"]["text/markdown"] = re.sub(r"\((?!\w+:)([^)]+)\.ipynb(#[^)]*)?\)", r"(\1.html\2)", "".join(o["data"]["text/markdown"]))
+            if o["output_type"] == "stream": o["text"] = re.sub(r"^.*\d+%\|.*\n?", "", "".join(o["text"]), flags=re.M)  # progress bars
+        outputs = [o for o in outputs if o["output_type"] != "stream" or o["text"].strip()]
         tags = ["hide-input"] if "export" in marks else []
         if "parameters" in c["metadata"].get("tags", []): tags = []
         alt = f"{title}: {said}" if said else title
         cells.append({"cell_type": "code", "metadata": {"tags": tags, "mystnb": {"image": {"alt": alt}, "code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}}, "source": body, "outputs": outputs, "execution_count": None})
+        cells += [{"cell_type": "markdown", "metadata": {}, "source": "".join(o["data"]["text/markdown"])} for o in written]
         if names: cells.append({"cell_type": "markdown", "metadata": {}, "source": "\n\n".join(reference(f"unlearn_wb.{module}", n) for n in names)})
     for k, cell in enumerate(cells): cell["id"] = f"c{k:03d}"
     return {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}

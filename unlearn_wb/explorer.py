@@ -223,7 +223,7 @@ class Explorer:
         p, method = self._asked(), self.method.value if hasattr(self, "method") else self.p["method"]
         self._say("painting the training images")
         def make():
-            with LOADING: return Experiment(p, method, Cache(self.runs / "cache"), self._progress)
+            with LOADING: return Experiment(p, method, Cache(self.runs / "cache"), str(self.runs), self._progress)
         self.experiment = x = await asyncio.to_thread(make)
         x.watch = lambda *args: self._open(Watch(*args, sliders=True, show=False))
         self._say(f"training; the run's folder is {x.run.folder}")
@@ -250,7 +250,7 @@ class Explorer:
 
     def _watch_static(self):
         p = self._asked()
-        self.experiment = x = Experiment(p, self.p["method"], Cache(self.runs / "cache"))
+        self.experiment = x = Experiment(p, self.p["method"], Cache(self.runs / "cache"), str(self.runs))
         x.train()
         x.show_game()
         x.before_after()

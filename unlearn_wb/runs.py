@@ -69,15 +69,17 @@ class Run:
     def open(cls, run_dir: str,  # where; "" for runs/<name>, counted up while it is taken
              config: dict,  # all that decides the result
              name: str = "run",
-             resume: bool = False) -> "Run":
+             resume: bool = False,
+             home: str | Path = "runs"  # where folders go that nobody named
+            ) -> "Run":
         "Make the folder, or enter it again. Raises `BadRun` when it holds something else; never overwrites."
         if not run_dir:
             if not name or slug(name) != name: raise BadRun(f"run name '{name}' is not a plain name; use letters, digits and dashes, such as '{slug(name)}', or give run_dir")
-            taken = sorted((p for p in Path("runs").glob(f"{name}*") if re.fullmatch(re.escape(name) + r"(-\d+)?", p.name)), key=lambda p: p.stat().st_mtime)
+            taken = sorted((p for p in Path(home).glob(f"{name}*") if re.fullmatch(re.escape(name) + r"(-\d+)?", p.name)), key=lambda p: p.stat().st_mtime)
             mine = [p for p in taken if resume and (p / "config.json").exists() and not cls(p).differences(config)]
             n = 2
-            run_dir = f"runs/{name}"
-            while not mine and Path(run_dir).exists(): run_dir, n = f"runs/{name}-{n}", n + 1
+            run_dir = f"{home}/{name}"
+            while not mine and Path(run_dir).exists(): run_dir, n = f"{home}/{name}-{n}", n + 1
             if mine: run_dir = mine[-1]
         run = cls(run_dir)
         if run.folder.is_file(): raise BadRun(f"run_dir '{run_dir}' is a file; give a folder")

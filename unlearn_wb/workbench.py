@@ -73,6 +73,7 @@ class Experiment:
     def __init__(self, p: dict,  # values for `PARAMETERS` or `COMMON`
                  method: str = "doco",
                  cache: Cache | None = None,  # what the original paints; None keeps it in the run's folder
+                 home: str = "runs",  # where a run's folder goes when run_dir is empty
                  progress=Progress):  # what is being done -> callback(done, in all)
         entry = choose("method", method, METHODS)
         self.make = entry.make
@@ -101,7 +102,7 @@ class Experiment:
         if hasattr(self.config, "warmup") and self.config.warmup >= self.config.iterations: raise ValueError(f"warmup = {self.config.warmup} leaves nothing of iterations = {self.config.iterations}; iterations counts the warm-up too and must be larger")
         record = dict(method=method, concept=p["concept"], base_model=p["base_model"], base_model_hash=self.model.base_hash, eval_images=p["eval_images"], mode=p.get("mode", "simultaneous"), **asdict(self.config),
                       erasures=[dict(target=e.target, kind=e.kind, anchor=e.anchor, retained=list(e.retained), linked=list(e.linked)) for e in self.erasures], device=device, versions=versions())
-        self.run = Run.open(p["run_dir"], record, f"{slug(p['concept'])}-{method}", p["resume"])
+        self.run = Run.open(p["run_dir"], record, f"{slug(p['concept'])}-{method}", p["resume"], home)
         self.cache, self.watch, self.progress = cache or Cache(self.run.folder / "cache"), Watch, progress
         self.stages = [[e] for e in self.erasures] if p.get("mode") == "sequential" else [self.erasures]
         self._enter(0)
