@@ -1,6 +1,7 @@
 """Shared pieces: tiny random pipelines, and short runs on the sandbox."""
 import functools
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = dict(iterations=12, warmup=4, num_images=8, eval_images=2, batch_size=4)
 os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "A Chromium for a module of browser tests; its driver holds an event loop, which the modules after it must not find."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"])
+        yield b
+        b.close()
 
 
 @pytest.fixture(autouse=True)

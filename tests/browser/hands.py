@@ -1,7 +1,6 @@
 """JupyterLab on loopback and a real Chromium. Screenshots go to tests/browser/screenshots, which git ignores."""
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,10 +9,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import CHROMIUM
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = Path(__file__).parent / "screenshots"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 needs_browser = pytest.mark.skipif(not CHROMIUM and not os.environ.get("UNLEARN_WB_NEEDS_BROWSER"), reason="no Chromium on this machine; install the package chromium to run the browser tests")  # a machine that promised one does not skip
@@ -30,15 +29,6 @@ def wait_for(url, seconds=60):
         try: return urllib.request.urlopen(url, timeout=2)
         except OSError: time.sleep(.25)
     raise TimeoutError(f"{url} did not answer in {seconds} s")
-
-
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"])
-        yield b
-        b.close()
 
 
 @pytest.fixture

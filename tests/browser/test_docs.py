@@ -4,7 +4,7 @@ import http.server
 import threading
 
 import pytest
-from hands import ROOT, browser, free_port, needs_browser, shot  # noqa: F401 (fixtures)
+from hands import ROOT, free_port, needs_browser, shot  # noqa: F401 (fixtures)
 
 pytestmark = needs_browser
 

@@ -4,7 +4,7 @@ import time
 
 import pandas as pd
 import pytest
-from hands import SHOTS, browser, lab, needs_browser, run_all, shot  # noqa: F401 (fixtures)
+from hands import SHOTS, lab, needs_browser, run_all, shot  # noqa: F401 (fixtures)
 
 pytestmark = needs_browser
 
