@@ -26,7 +26,7 @@ test: $(READY)  ## notebooks' own checks, then what crosses rooms
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/lib --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/methods --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/howto --n_workers 2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 app: $(READY)  ## the explorer as a page without code, on http://127.0.0.1:8866
 	$(BIN)/voila nbs/explore.ipynb --no-browser --port=8866 --Voila.ip=127.0.0.1
