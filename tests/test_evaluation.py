@@ -23,7 +23,7 @@ from unlearn_wb.reference import bound, distances, prediction_gap, reference_for
 from unlearn_wb.runs import BadRun
 
 EVALUATE = dict(run="", base_model="", concept="", prompts="", own_prompts=True, eval_images=2, metrics="ACC, CS, CA, AS gap, I", protocol="workbench", clip="", classifier="", features="", distance="",
-                nudity="none", faces="none", show_explicit=False, exact=True, steps=4, guidance=4., device="", precision="fp32", out_dir="")
+                nudity="none", faces="none", show_explicit=False, exact=True, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +335,15 @@ def test_evaluation_killed_and_resumed_gives_the_same_numbers(run, tmp_path):
     a, b = (pd.read_parquet(tmp_path / o / "metrics.parquet") for o in ("killed", "whole"))
     pd.testing.assert_frame_equal(a, b)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["killed", "out.ipynb", "whole"]
+
+
+def test_two_processes_paint_what_one_paints(run, tmp_path, monkeypatch):
+    same = {**EVALUATE, "run": str(run), "metrics": "ACC", "exact": False}
+    one = Assessment({**same, "out_dir": str(tmp_path / "one")}).measure()
+    monkeypatch.setattr("unlearn_wb.evaluation.sample", lambda *a, **kw: pytest.fail("painted here"))
+    two = Assessment({**same, "out_dir": str(tmp_path / "two"), "num_processes": 2}).measure()
+    pd.testing.assert_frame_equal(one, two)
+    with pytest.raises(ValueError, match="num_processes = 4096, and this machine has"): Assessment({**same, "num_processes": 4096})
 
 
 def test_comparison_ranks_runs_and_marks_the_front(run, tmp_path):

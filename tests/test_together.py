@@ -4,7 +4,7 @@ import torch
 from conftest import tiny_pipeline
 
 from unlearn_wb.concepts import Cache, Erasure
-from unlearn_wb.diffusion import Denoiser
+from unlearn_wb.diffusion import Denoiser, sample
 from unlearn_wb.loop import unlearn
 from unlearn_wb.registry import METHODS
 
@@ -16,7 +16,7 @@ CUTTABLE = [n for n, m in METHODS.items() if hasattr(m.make, "couples") and not 
 def cache(tmp_path_factory): return Cache(tmp_path_factory.mktemp("painted"))
 
 
-def run(name, cache, **changes):
+def prepared(name, cache, **changes):
     from dataclasses import fields, replace
     model = Denoiser(tiny_pipeline(), "tiny")
     erasure = Erasure.find(model, "Van Gogh", kind="style", retain=("Monet", "Picasso"))
@@ -25,8 +25,12 @@ def run(name, cache, **changes):
     method = METHODS[name].make(model, [erasure], replace(config, **{k: v for k, v in small.items() if k in {f.name for f in fields(config)}}), cache)
     if method.adversary:  # away from the concept: at it the similarity is 1 and its gradient nothing but rounding
         with torch.no_grad(): method.adversary.e.normal_(0, 2, generator=torch.Generator().manual_seed(0))
-    trainer = unlearn(method)
-    return [s.row() for s in trainer], {k: p.detach().clone() for k, p in method.params.items()}, trainer
+    return unlearn(method)
+
+
+def run(name, cache, **changes):
+    trainer = prepared(name, cache, **changes)
+    return [s.row() for s in trainer], {k: p.detach().clone() for k, p in trainer.method.params.items()}, trainer
 
 
 def close(a, b):
@@ -35,7 +39,6 @@ def close(a, b):
     far = sum(float((a[k] - b[k]).square().sum()) for k in a) ** .5
     went = sum(float((a[k] - (start[k] if k in start else 0)).square().sum()) for k in a) ** .5
     assert went > 0
-    print(f"relative difference {far / went:.2e}")
     return far < 2e-3 * went
 
 
@@ -48,7 +51,7 @@ def test_pieces_are_the_whole(name, cache):
 
 
 @pytest.mark.parametrize("method, options", [("doco", "warmup=2, d_each=false"), ("saddle", "")])
-def test_two_processes_are_one(method, options, tmp_path):
+def test_two_processes_are_one(method, options, tmp_path, monkeypatch):
     from unlearn_wb.workbench import COMMON, Experiment
     p = COMMON | dict(concept="Van Gogh", iterations=5, num_images=8, batch_size=4, eval_images=2, precision="fp32", options=options)
     one = Experiment(p | dict(run_dir=str(tmp_path / "one")), method)
@@ -60,7 +63,10 @@ def test_two_processes_are_one(method, options, tmp_path):
     a, b = one.method.moved.weights(), two.method.moved.weights()
     far, went = (sum(float((a[k] - x[k]).square().sum()) for k in a) ** .5 for x in (b, start))
     assert len(trace) == 5 and 0 < went and far < 2e-3 * went, (far, went)
+    seen = []
+    monkeypatch.setattr("unlearn_wb.evaluation.sample", lambda *a, **kw: seen.append(1) or sample(*a, **kw))
     two.examine()
+    assert not seen, "the other processes painted the examination"
     assert two.finish()["verdict"]
 
 
@@ -94,8 +100,25 @@ def test_out_of_memory_halves_the_pieces_and_goes_on(cache, monkeypatch, capsys)
 
 
 def test_fp16_skips_what_overflows_and_learns(cache):
-    rows, w, trainer = run("conabl", cache, precision="fp16", iterations=12)
-    assert all(v.isfinite().all() for v in w.values()) and "angle" in rows[-1]
+    trainer = prepared("conabl", cache, precision="fp16", iterations=12)
+    before = {k: v.detach().clone() for k, v in trainer.method.params.items()}
+    trainer.scale = 2. ** 40  # no gradient fits into fp16 with it
+    steps = iter(trainer)
+    first = next(steps).row()
+    assert first["overflow"] == 2. ** 39 and "angle" not in first and all(torch.equal(v, before[k]) for k, v in trainer.method.params.items())
+    trainer.scale = 2. ** 12
+    rows = [s.row() for s in steps]
+    assert "overflow" not in rows[-1] and all(v.isfinite().all() for v in trainer.method.params.values())
+    assert any(not torch.equal(v, before[k]) for k, v in trainer.method.params.items())
+    trainer.scale, trainer.step = 2. ** 40, 0
+    resumed = unlearn(trainer.method, trainer.state())
+    assert resumed.scale == 2. ** 40
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run(cache, monkeypatch):
+    trainer = prepared("conabl", cache, precision="fp16", iterations=50)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: torch.zeros(1, dtype=torch.bool))
+    with pytest.raises(FloatingPointError, match="use precision bf16 or fp32"): list(trainer)
 
 
 def test_what_cannot_be_cut_says_why(cache):

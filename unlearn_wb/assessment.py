@@ -7,14 +7,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from .concepts import BadConcept, Cache, Erasure, Vocabulary
-from .diffusion import Denoiser, default_precision
+from .diffusion import Denoiser, default_precision, resolve_device
 from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_cut, latex_table, markdown_table, paper_table, read_prompts, verdict
 from .metrics import METRICS, PROTOCOLS, scorers_for, wilson
 from .reference import distances, plot_distances, reference_for
 from .runs import BadRun, write_json
+from .launch import check_processes, launch
 from .scopes import choose, load_changed
+from .stores import local_copy
 from .widgets import Progress
 
 # %% auto #0
@@ -33,7 +34,7 @@ class Candidate:
     @classmethod
     def open(cls, what: str, base: Denoiser | None = None, device: str = "cpu") -> "Candidate":
         "A run folder, a diffusers directory, or a safetensors file of changed weights for `base`. Raises `BadRun`."
-        path = Path(what).expanduser()
+        path = local_copy(what)
         if (path / "config.json").exists() and not (path / "model_index.json").exists():
             config, changed = json.loads((path / "config.json").read_text()), path / "model" / "changed.safetensors"
             if not changed.exists(): raise BadRun(f"run '{what}' is not finished: it has no model/changed.safetensors; go on with it with -p resume True")
@@ -66,14 +67,15 @@ class Assessment:
         if min(n, steps) < 1 or guidance < 0: raise ValueError(f"eval_images = {n}, steps = {steps}, guidance = {guidance}; positive numbers are needed, or 0 for the protocol's")
         self.metrics = [m.strip() for m in p["metrics"].split(",") if m.strip()]
         for m in self.metrics: choose("metric", m, METRICS)
-        device = p["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = resolve_device(p["device"], p["precision"])
+        check_processes(p.get("num_processes", 1), device)
         whats = [w.strip() for w in p["run"].split(",") if w.strip()]
         if not whats: raise BadRun("run is empty; name a run folder, such as runs/demo")
         config = next((json.loads((Path(w) / "config.json").read_text()) for w in whats if (Path(w) / "config.json").exists() and not (Path(w) / "model_index.json").exists()), None)
         base = Denoiser.load(p["base_model"] or (config or {}).get("base_model") or "sandbox", device=device)
         base.base_hash  # before anything else
         self.candidates = [Candidate.open(w, base, device) for w in whats]
-        if p["concept"]: self.erasures = [Erasure.find(base, c.strip()) for c in p["concept"].split("+")]
+        if p["concept"]: self.erasures = Erasure.find_all(base, p["concept"])
         elif config: self.erasures = erasures_of(config, base)
         elif p["own_prompts"] and not p["prompts"]: raise BadConcept("nothing says what was to be forgotten; give concept, or a CSV of prompts")
         else: self.erasures = []
@@ -111,6 +113,10 @@ class Assessment:
 
     def measure(self):
         "Paint, score, compute; write per-prompt results and metrics. The long table."
+        n = self.p.get("num_processes", 1)
+        if n > 1:
+            bar = Progress(f"painting in {n} processes")
+            launch({"evaluate": self.p}, self.out, n, lambda: bar(*self.evaluation.painted()))
         for name in self.evaluation.galleries: self.evaluation.look(name, Progress(f"painting and scoring, {name}"))
         rows = self.evaluation.judged()
         _whole(rows.to_parquet, self.out / "prompts.parquet"), _whole(lambda f: rows.to_csv(f, index=False), self.out / "prompts.csv")

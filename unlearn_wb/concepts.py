@@ -4,13 +4,14 @@
 
 # %% ../nbs/lib/03_concepts.ipynb #c002
 from __future__ import annotations
-import difflib, hashlib, json
+import difflib, hashlib, json, os
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .diffusion import Denoiser, seeded
+from .stores import room
 
 # %% auto #0
 __all__ = ['GENERAL', 'KINDS', 'STYLE_PROBES', 'THING_PROBES', 'LINK_PROBES', 'BadConcept', 'Vocabulary', 'similarity',
@@ -114,6 +115,18 @@ class Erasure:
             if r.lower() in gone: raise BadConcept(f"'{r}' is both to be forgotten and to be retained; take it out of one of the two")
         linked = tuple(p for p, c in v.links.items() if c.lower() == concept.lower())
         return cls(concept, kind, anchor, tuple(pool), linked, v, similar)
+
+    @classmethod
+    def find_all(cls, model: Denoiser,
+                 concepts: str,  # one, or several joined by +
+                 anchor: str = "", kind: str = "", retain: tuple = ()) -> list["Erasure"]:
+        "One for each of the concepts that are forgotten together; none of them is retained for another. Raises `BadConcept`."
+        names = [n.strip() for n in concepts.split("+")]
+        low = [n.lower() for n in names]
+        if len(set(low)) < len(low): raise BadConcept(f"'{concepts}' names a concept twice; name each once")
+        inside = next(((a, b) for a in low for b in low if a != b and f" {a} " in f" {b} "), None)
+        if inside: raise BadConcept(f"'{inside[0]}' is part of '{inside[1]}'; forget the two in runs of their own, or name '{inside[0]}' alone")
+        return [cls.find(model, n, anchor, kind, retain, tuple(o for o in names if o != n)) for n in names]
 
 def _looks_like_style(model, concept, v):
     near = similarity(model, concept, list(v.names()))
@@ -219,18 +232,21 @@ class Cache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
+    def where(self, key) -> Path: return self.folder / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".safetensors")
+
     def get(self, key,  # anything JSON can write; the same key, the same tensors
             make  # called when nothing is stored: returns a dict of tensors
            ) -> dict[str, torch.Tensor]:
         "The stored tensors, made now if they are not there yet."
         from safetensors.torch import load_file, save_file
-        path = self.folder / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".safetensors")
+        path = self.where(key)
         if path.exists():
             try: return load_file(path)
             except Exception: path.unlink()  # damaged: make it again
         value = make()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file({k: v.detach().cpu().contiguous() for k, v in value.items()}, part)
-        part.replace(path)
+        with room(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")  # several processes may share a cache
+            save_file({k: v.detach().cpu().contiguous() for k, v in value.items()}, part)
+            part.replace(path)
         return load_file(path)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import unlearn_wb
 
 # %% auto #0
-__all__ = ['DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'default_precision',
-           'BadModel', 'resolve_model', 'quiet_loading', 'Denoiser', 'denoise', 'starting_noise', 'sample',
-           'embed_each', 'attention_maps']
+__all__ = ['PRECISIONS', 'DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'BadModel',
+           'default_precision', 'resolve_device', 'resolve_model', 'quiet_loading', 'why_not_loaded', 'Denoiser',
+           'denoise', 'starting_noise', 'sample', 'embed_each', 'attention_maps']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -58,16 +58,32 @@ def x_prev(x_t: torch.Tensor,  # noisy latents (B,C,H,W)
     return (p.sqrt() * (1 - alpha) * x0_hat(x_t, eps, abar_t) + alpha.sqrt() * (1 - p) * x_t) / (1 - a)
 
 # %% ../nbs/lib/01_diffusion.ipynb #c015
+class BadModel(ValueError): "A base model that cannot be used, or not here, and why."
+
 def default_precision(device: str = "cpu") -> str:
     "bf16 where the device multiplies it natively (about twice as fast there), else fp32."
     native = torch.cuda.is_bf16_supported() if device.startswith("cuda") else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if native else "fp32"
 
+PRECISIONS = {"fp32": "32-bit floats", "bf16": "bfloat16 autocast", "fp16": "half-precision autocast, losses scaled"}
+
+def resolve_device(device: str = "",  # "" for a GPU where there is one
+                   precision: str = ""  # that it must compute in
+                  ) -> str:
+    "A device that is there and computes in that precision. Raises `BadModel`."
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e: raise BadModel(f"device '{device}' is not on this machine; {'cuda, cpu' if torch.cuda.is_available() else 'cpu'} is there, and device left empty takes the best") from e
+    if precision and precision not in PRECISIONS: raise BadModel(f"unknown precision '{precision}'; choose {', '.join(PRECISIONS)}")
+    if device.startswith("cuda"):
+        least = {"bf16": (8, 0), "fp16": (5, 3)}.get(precision, (0, 0))
+        if torch.cuda.get_device_capability(device) < least: raise BadModel(f"precision = {precision}, and {torch.cuda.get_device_name(device)} does not compute in it; take {'fp16 or ' if precision == 'bf16' else ''}fp32")
+    return device
+
 DATA = Path(unlearn_wb.__path__[0]).resolve().parent / "data"
 _PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PIPELINES = {"StableDiffusionPipeline": _PARTS, "StableDiffusionXLPipeline": _PARTS | {"text_encoder_2": "model"}}  # class -> its parts, and the stem of their weights
 
-class BadModel(ValueError): "A base model that cannot be used, and why."
 
 def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
                  ) -> str:  # a directory that exists, or a hub id
@@ -104,6 +120,17 @@ def quiet_loading():
         with LOADING: yield
     finally: d.enable_progress_bar(), t.enable_progress_bar()
 
+def why_not_loaded(name: str, error: Exception) -> str:
+    "One sentence: what is wrong with a model, and what would be right."
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    of = lambda *kinds: any(isinstance(e, kinds) for e in chain)
+    if of(GatedRepoError): return f"base model '{name}' is gated; accept its licence on https://huggingface.co/{name} and log in once with `hf auth login`"
+    if of(RepositoryNotFoundError): return f"base model '{name}' is not on the hub, or it is private; check the spelling, or log in once with `hf auth login`"
+    if of(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError): return f"base model '{name}' is not on this machine and the hub cannot be reached; where there is a network, run `hf download {name} --local-dir {str(name).split('/')[-1]}`, bring that folder here and give it as base_model"
+    return f"base model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}; a directory needs model_index.json and the safetensors of every part"
+
 class Denoiser:
     "A Stable Diffusion pipeline as the function eps(x_t, t, c): the only class that knows the pipeline's own interface."
     def __init__(self, pipe,  # a diffusers `StableDiffusionPipeline`
@@ -137,9 +164,7 @@ class Denoiser:
                 plain = {} if kind == "StableDiffusionXLPipeline" else dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
                 pipe = getattr(diffusers, kind).from_pretrained(where, use_safetensors=True, dtype=dtype, **plain)
                 if unet: pipe.unet = UNet2DConditionModel.from_pretrained(unet, use_safetensors=True, dtype=dtype)
-        except (OSError, ValueError) as e:
-            raise BadModel(f"base model '{name}' cannot be loaded: {str(e).strip().splitlines()[0]}; a hub id needs the network once, "
-                           "a directory needs the safetensors of every part") from e
+        except (OSError, ValueError) as e: raise BadModel(why_not_loaded(name, e)) from e
         return cls(pipe.to(device), str(name), Path(where) if Path(where).is_dir() else None)
 
     @property
@@ -154,6 +179,21 @@ class Denoiser:
     def image_size(self): return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
     @property
     def max_tokens(self): return self.tokenizer.model_max_length
+
+    @contextmanager
+    def parked(self):
+        "Within this block the text encoders and the VAE lie in the CPU's memory; each comes back by itself while it is used."
+        with self._moved("cpu", [p for p in self.parts if p is not self.unet]): yield
+
+    def _here(self, *parts): return self._moved(self.device, [p for p in parts if p.device != self.device])
+
+    @contextmanager
+    def _moved(self, to, parts):
+        before = [p.device for p in parts]
+        for p in parts: p.to(to)
+        try: yield
+        finally:
+            for p, device in zip(parts, before): p.to(device)
 
     def autocast(self, precision: str):
         "A context in which the heavy parts compute in bf16 or fp16, or as they are (fp32)."
@@ -192,8 +232,9 @@ class Denoiser:
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L,D); SDXL (B,L+1,D)
         "The text encoder's states for each prompt: what cross-attention reads. Of SDXL the states of both encoders, and one more row, the pooled text, filled up with zeros."
-        if self.text_encoder_2 is None: return self.text_encoder(self.tokens(prompts))[0]
-        one, two = self.text_encoder(self.tokens(prompts), output_hidden_states=True), self.text_encoder_2(self.tokens(prompts, self.tokenizer_2), output_hidden_states=True)
+        if self.text_encoder_2 is None:
+            with self._here(self.text_encoder): return self.text_encoder(self.tokens(prompts))[0]
+        with self._here(self.text_encoder, self.text_encoder_2): one, two = self.text_encoder(self.tokens(prompts), output_hidden_states=True), self.text_encoder_2(self.tokens(prompts, self.tokenizer_2), output_hidden_states=True)
         words = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
         out = torch.cat([words, F.pad(two[0], (0, words.shape[-1] - two[0].shape[-1]))[:, None]], 1)
         if self.pipe.config.force_zeros_for_empty_prompt: out[[i for i, p in enumerate(prompts) if not p]] = 0
@@ -206,12 +247,12 @@ class Denoiser:
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         "Images (N,3,H,W) in [0,1] to latents (N,C,h,w) of about unit variance."
-        return self.vae.encode(images.to(self.device, self.dtype) * 2 - 1).latent_dist.mean.float() * self.vae.config.scaling_factor
+        with self._here(self.vae): return self.vae.encode(images.to(self.device, self.dtype) * 2 - 1).latent_dist.mean.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         "Latents (N,C,h,w) to images (N,3,H,W) in [0,1], float32 on the CPU."
-        out = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
+        with self._here(self.vae): out = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
         return (out.float() / 2 + .5).clamp(0, 1).cpu()
 
 # %% ../nbs/lib/01_diffusion.ipynb #c025
@@ -266,7 +307,7 @@ def embed_each(model: Denoiser, prompts: list[str]) -> torch.Tensor:
     unique = list(dict.fromkeys(prompts))
     return model.embed(unique)[[unique.index(p) for p in prompts]]
 
-# %% ../nbs/lib/01_diffusion.ipynb #c033
+# %% ../nbs/lib/01_diffusion.ipynb #c035
 @contextmanager
 def attention_maps(model: Denoiser):
     "Within this block every call of the denoiser fills the yielded dict: layer -> cross-attention probabilities (B, heads, places, tokens), with their graph."

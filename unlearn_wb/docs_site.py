@@ -6,20 +6,20 @@
 from __future__ import annotations
 import ast, html, importlib, inspect, json, re, shutil
 from pathlib import Path
-from .runs import slug
+from .stores import slug
 
 # %% auto #0
-__all__ = ['PAGES', 'HOME', 'CONF', 'CSS', 'directives', 'exported', 'reference', 'find_symbols', 'link_names', 'page_of',
-           'setup', 'heading', 'build', 'faults', 'shrink', 'shrink_notebook']
+__all__ = ['PAGES', 'HOME', 'CONF', 'CSS', 'directives', 'exported', 'reference', 'module_of', 'find_symbols', 'link_names',
+           'page_of', 'setup', 'heading', 'build', 'faults', 'shrink', 'shrink_notebook']
 
 # %% ../nbs/lib/17_site.ipynb #c005
 PAGES = {  # caption -> pages, by their place under nbs/
     "Lessons": ["lib/01_diffusion", "methods/doco", "lib/05_surgery", "methods/advanchor", "lib/02_sandbox", "lib/09_reference"],
     "Run it": ["explore", "train_doco", "train_advanchor", "train_rgd", "train_integrity", "train_baseline", "evaluate", "compare", "sweep"],
-    "How to": ["howto/gpu_server", "howto/own_model", "howto/add_a_method", "howto/read_a_report"],
+    "How to": ["howto/gpu_server", "howto/cost", "howto/own_model", "howto/add_a_method", "howto/read_a_report"],
     "Methods": ["methods/index", "methods/anchored", "methods/rg", "methods/integrity", "methods/esd", "methods/conabl", "methods/sdd", "methods/uce", "methods/spm", "methods/fmn", "methods/allbutone", "methods/salun", "methods/amnesia", "methods/mace", "methods/receler"],
-    "Findings": ["reproduce_sandbox", "reproduce_linked", "reproduce_anchors", "bench_train", "bench_sample", "pretrain_sandbox"],
-    "The library": ["lib/03_concepts", "lib/04_scopes", "lib/06_discriminator", "lib/07_loop", "lib/08_runs", "lib/09_metrics", "lib/09_evaluation", "lib/09_assessment", "lib/10_figures", "lib/11_plots", "lib/12_widgets", "lib/13_registry", "lib/14_workbench", "lib/15_study", "lib/16_explorer", "lib/17_site", "lib/18_sweep", "lib/19_export", "lib/20_launch", "api"]}
+    "Findings": ["reproduce_sandbox", "reproduce_linked", "reproduce_anchors", "bench_train", "bench_sample", "bench_gpu", "pretrain_sandbox"],
+    "The library": ["lib/03_concepts", "lib/04_scopes", "lib/06_discriminator", "lib/07_loop", "lib/08_stores", "lib/08_runs", "lib/09_metrics", "lib/09_evaluation", "lib/09_assessment", "lib/10_figures", "lib/11_plots", "lib/12_widgets", "lib/13_registry", "lib/14_workbench", "lib/15_study", "lib/16_explorer", "lib/17_site", "lib/18_sweep", "lib/19_export", "lib/20_launch", "lib/21_blank", "api"]}
 
 HOME = "https://github.com/unlearn-wb/unlearn_wb"  # of the source
 
@@ -71,16 +71,20 @@ def reference(module: str, name: str) -> str:
     return f"<div class='uw-api' id='{module.split('.', 1)[-1]}.{name}'>{out}</div>".replace("\n", " ")
 
 # %% ../nbs/lib/17_site.ipynb #c011
+def module_of(nb: dict) -> str:
+    "The module that a notebook writes, or ''."
+    marks = (directives("".join(c["source"])) for c in nb["cells"] if c["cell_type"] == "code")
+    return next((m["default_exp"] for m in marks if "default_exp" in m), "")
+
 def find_symbols(nbs: Path) -> dict[str, tuple[str, str]]:
     "Public name -> (page, anchor), over all notebooks; a name that two modules export links to neither."
     out, twice = {}, set()
     for file in sorted(nbs.rglob("*.ipynb")):
         if ".ipynb_checkpoints" in str(file): continue
-        cells = [("".join(c["source"])) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
-        module = next((directives(s)["default_exp"] for s in cells if "default_exp" in directives(s)), "")
+        nb = json.loads(file.read_text())
+        module, cells = module_of(nb), ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
         for s in cells if module else []:
-            if "export" not in directives(s): continue
-            for name in exported(s):
+            for name in exported(s) if "export" in directives(s) else []:
                 if name in out: twice.add(name)
                 out[name] = (str(file.relative_to(nbs).with_suffix("")), f"{module}.{name}")
     return {k: v for k, v in out.items() if k not in twice}
@@ -89,9 +93,10 @@ def link_names(text: str, symbols: dict, page: str) -> str:
     "Backticked names become links; code blocks, headings and existing links stay."
     up = "../" * page.count("/")
     def link(m):
-        where = symbols.get(m[1].removesuffix("()").split(".")[0])
+        name = m[1].removesuffix("()")
+        where = symbols.get(name.split(".")[0] if name[0].isupper() else name)  # `Class.method`, but no file's name
         return f"<a href='{up}{where[0]}.html#{where[1]}'><code>{html.escape(m[1])}</code></a>" if where else m[0]
-    parts = re.split(r"(```.*?```|^#.*$|^    .*$|\[[^\]]*\]\([^)]*\)|^\|.*$)", text, flags=re.S | re.M)
+    parts = re.split(r"(```[\s\S]*?```|^#.*$|^    .*$|\[[^\]]*\]\([^)]*\)|^\|.*$)", text, flags=re.M)
     return "".join(p if i % 2 else re.sub(r"(?<![`\w])`([A-Za-z_][\w.]*(?:\(\))?)`(?!`)", link, p) for i, p in enumerate(parts))
 
 def _plain(text: str) -> str:
@@ -192,7 +197,7 @@ def build(nbs: str | Path = "nbs", out: str | Path = "_docs", report=print) -> P
     modules, heads = {}, {"api": ("API reference", "Every public name, by module.")}
     for page in sorted(found):
         nb = json.loads((nbs / f"{page}.ipynb").read_text())
-        module = next((directives("".join(c["source"]))["default_exp"] for c in nb["cells"] if c["cell_type"] == "code" and "default_exp" in directives("".join(c["source"]))), "")
+        module = module_of(nb)
         if module: modules[module] = page
         made = page_of(nb, page, symbols, module)
         heads[page] = heading(nb)
@@ -206,7 +211,7 @@ def build(nbs: str | Path = "nbs", out: str | Path = "_docs", report=print) -> P
     lines = ["# API reference", "", "Every public name, by module; each links to its entry in the notebook that defines it."]
     for module, page in sorted(modules.items()):
         m = importlib.import_module(f"unlearn_wb.{module}")
-        lines += ["", f"## {module}", "", *(f"- <a href='{page}.html#{module}.{n}'><code>{n}</code></a> {html.escape(first(getattr(m, n)))}" for n in getattr(m, "__all__", []) if symbols.get(n, ("", ""))[1] == f"{module}.{n}" or n in vars(m))]
+        lines += ["", f"## {module}", "", *(f"- <a href='{page}.html#{module}.{n}'><code>{n}</code></a> {html.escape(first(getattr(m, n)))}" for n in getattr(m, "__all__", []))]
     (src / "api.md").write_text("\n".join(lines) + "\n")
     for caption, pages in PAGES.items():  # a page a section, so that the theme shows sections above and their pages beside
         (src / f"{slug(caption)}.md").write_text(f"# {caption}\n\n" + "\n".join(f"- <a href='{p}.html'>{html.escape(heads[p][0])}</a>: {html.escape(heads[p][1])}" for p in pages) + "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```\n")

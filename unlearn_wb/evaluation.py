@@ -277,6 +277,16 @@ class Evaluation:
     @property
     def unlearned(self) -> list[str]: return [m for m in self.galleries if m != "original" and not m.startswith("reference")]
 
+    def _units(self): return [(g, part) for g in self.galleries.values() for part in g.parts(self.asked)]
+
+    def share(self, rank: int, size: int):
+        "Paint one process's share into the cache, where the others and `look` find it."
+        for gallery, part in self._units()[rank::size]: gallery.images(part)
+
+    def painted(self) -> tuple[int, int]:
+        "How many parts lie in the cache, and of how many."
+        return sum(g.cache.where(g.where(part)).exists() for g, part in self._units()), len(self._units())
+
     def look(self, name: str, callback=None) -> dict:
         "Paint and score what is not there yet; the original first."
         if name not in self.seen: self.seen[name] = self.galleries[name].scores(self.asked, self.scorers, self.galleries["original"], callback)

@@ -17,7 +17,7 @@ from .reference import reference_for
 from .registry import METHODS
 from .runs import BadRun, Run
 from .widgets import Watch, aloud, png, sentence, someone_watches
-from .workbench import COMMON, Experiment, read_options, split_names
+from .workbench import COMMON, Experiment, read_options
 
 # %% auto #0
 __all__ = ['FIRST', 'field_help', 'control', 'Panel', 'anchor_strip', 'side_by_side', 'denoising_path', 'seen_by_discriminator',
@@ -49,8 +49,7 @@ class Panel:
     def __init__(self, config, choices: dict):
         import ipywidgets as w
         self.config, tips = config, field_help(config)
-        words = lambda name: {k: v for k, v in choices.get(name, {}).items()}
-        self.controls = {f.name: control(f.name, getattr(config, f.name), words(f.name), tips[f.name]) for f in fields(config)}
+        self.controls = {f.name: control(f.name, getattr(config, f.name), choices.get(f.name), tips[f.name]) for f in fields(config)}
         row = lambda name: w.HBox([self.controls[name], w.HTML(f"<span style='opacity:.75'>{html.escape(tips[name])}</span>")])
         more = w.Accordion([w.VBox([row(n) for n in self.controls if n not in FIRST])], titles=("All other parameters",))
         self.widget = w.VBox([*(row(n) for n in FIRST if n in self.controls), more])
@@ -87,7 +86,7 @@ def denoising_path(models: dict[str, Denoiser], prompt: str, seed: int, steps: i
     return show_images(torch.cat(images), rows=rows, cols=names, title=prompt)
 
 @torch.no_grad()
-def seen_by_discriminator(method, n: int = 5, t: int = 400):
+def seen_by_discriminator(method, n: int = 5):
     "What a method's discriminator says of each patch: the target side above, decoded from what it looks at. A figure, or None without a discriminator."
     if not hasattr(method, "D"): return None
     b, _ = method.batch(0)
@@ -121,7 +120,7 @@ class Explorer:
         self.p = dict(concept=concept, method=method, base_model=base_model)
         self.experiment = self.task = None
         self.model = Denoiser.load(base_model)
-        self.erasures = [Erasure.find(self.model, n, settings.get("anchor", "")) for n in split_names(concept)]
+        self.erasures = Erasure.find_all(self.model, concept, settings.get("anchor", ""))
 
     # choose
     def choose(self):
@@ -152,7 +151,7 @@ class Explorer:
 
     def _concept(self):
         if self.base.value != self.p["base_model"]: self.model, self.p["base_model"] = Denoiser.load(self.base.value), self.base.value
-        self.erasures = [Erasure.find(self.model, n) for n in split_names(self.concept.value)]
+        self.erasures = Erasure.find_all(self.model, self.concept.value)
         e = self.erasures[0]
         self.concept.options = list(e.vocabulary.names())
         names = list(dict.fromkeys([e.anchor, *[n for n in e.similar if n != e.target]]))
@@ -193,10 +192,9 @@ class Explorer:
         import ipywidgets as w
         self.start = w.Button(description="Start", icon="play", button_style="primary", tooltip="train with what is chosen above")
         self.judge = w.Button(description="Examine", icon="check", tooltip="paint and judge the examination, write the report", disabled=True)
-        self.state, self.view, self.result = w.HTML("nothing is running"), w.VBox(), w.Output()
+        self.state, self.view = w.HTML("nothing is running"), w.VBox()
         self.start.on_click(lambda _: self._start()), self.judge.on_click(lambda _: self._background(self._examine))
-        self.dashboard = w.VBox([w.HBox([self.start, self.judge]), self.state, self.view, self.result])
-        display(self.dashboard)
+        display(w.VBox([w.HBox([self.start, self.judge]), self.state, self.view]))
 
     def _say(self, text: str, wrong: bool = False): self.state.value = f"<b style='color:#b00'>&#9888; {html.escape(text)}</b>" if wrong else f"<span role='status'>{html.escape(text)}</span>"
 

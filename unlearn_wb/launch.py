@@ -22,11 +22,13 @@ def check_processes(n: int, device: str):
     if n < 1: raise BadParameter(f"num_processes = {n}; at least 1 is needed")
     if n > devices(device): raise BadParameter(f"num_processes = {n}, and this machine has {devices(device)} {'GPUs' if device.startswith('cuda') or torch.cuda.is_available() else 'cores'}; take at most that many")
 
-def launch(method: str, p: dict, folder: Path, n: int, callback=None):
-    "Train in n processes until the run's checkpoints are complete. Raises `RuntimeError` with the sentence that a process died of."
+def launch(what: dict,  # {"method", "p"} trains, with "examine" it paints the examination; {"evaluate": p} paints an evaluation
+           folder: Path, n: int, callback=None):
+    "Do it in n processes; what they leave in the folder is the result. Raises `RuntimeError` with the sentence that a process died of."
     from unlearn_wb.runs import Interrupted, leave_on_sigterm
-    spec, log = folder / "launch.json", folder / "launch.log"
-    write_json(spec, {"method": method, "p": p | {"run_dir": str(folder), "resume": True}})
+    name = "launch" if set(what) == {"method", "p"} else "launch-paint"
+    spec, log = folder / f"{name}.json", folder / f"{name}.log"
+    write_json(spec, what)
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n)), "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])}
     with open(log, "w") as out, leave_on_sigterm() as stop:
         process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "-m", "unlearn_wb.launch", str(spec)], env=env, stdout=out, stderr=subprocess.STDOUT)
@@ -34,7 +36,7 @@ def launch(method: str, p: dict, folder: Path, n: int, callback=None):
             time.sleep(.2)
             if callback: callback()
             if stop.requested: process.terminate()
-    if stop.requested: raise Interrupted("asked to leave while several processes trained; everything is saved, the same command with -p resume True goes on")
+    if stop.requested: raise Interrupted("asked to leave while several processes worked; everything is saved, the same command with -p resume True goes on")
     if process.returncode:
         said = [l.split("]: ")[-1].strip() for l in log.read_text().splitlines() if "Error: " in l and "torch.distributed" not in l and "ChildFailedError" not in l]
         raise RuntimeError(f"{said[0] if said else 'a process died'} ({n} processes; all that they said is in {log})")
@@ -49,37 +51,40 @@ class Mute:
         return True
     def close(self): pass
 
-def read_spec(arguments: list[str]) -> tuple[str, dict]:
-    "A method and its parameters, from a JSON file or from `method name=value ...`. Raises `BadParameter`."
+def read_spec(arguments: list[str]) -> dict:
+    "What to do, from a JSON file or from `method name=value ...`. Raises `BadParameter`."
     from unlearn_wb.runs import read_parameters
     from unlearn_wb.workbench import PARAMETERS
     if not arguments: raise BadParameter("say what to train: a launch.json, or a method and name=value pairs, such as doco concept=Snoopy")
-    if arguments[0].endswith(".json"):
-        spec = json.loads(Path(arguments[0]).read_text())
-        return spec["method"], spec["p"]
+    if arguments[0].endswith(".json"): return json.loads(Path(arguments[0]).read_text())
     pairs = dict(a.partition("=")[::2] for a in arguments[1:])
     for k in pairs:
         if k not in PARAMETERS: raise BadParameter(f"unknown parameter '{k}'; the parameters are {', '.join(PARAMETERS)}")
-    typed = {k: type(PARAMETERS[k])(v) if not isinstance(PARAMETERS[k], bool) else v for k, v in pairs.items()}
-    return arguments[0], read_parameters({**PARAMETERS, **typed, "resume": True}, **PARAMETERS)
+    return {"method": arguments[0], "p": read_parameters({**PARAMETERS, **pairs, "resume": True}, **PARAMETERS)}
 
 def main(arguments: list[str]):
     "One of the processes."
     from accelerate import PartialState
+    from unlearn_wb.assessment import Assessment
     from unlearn_wb.workbench import Experiment
-    method, p = read_spec(arguments)
+    what = read_spec(arguments)
+    p = what.get("p") or what["evaluate"]
     cpu = not torch.cuda.is_available() or p.get("device") == "cpu"
     state = PartialState(cpu=cpu)
     p |= {"device": "cpu" if cpu else f"cuda:{state.local_process_index}", "num_processes": 1}
-    make = lambda: Experiment(p, method)
+    make = lambda: Assessment(p) if "evaluate" in what else Experiment(p, what["method"])
     x = make() if state.is_main_process else None  # paints and caches what all need
     state.wait_for_everyone()
     x = x or make()
-    if not state.is_main_process: x.watch = Mute
-    for _ in x._stages(50): pass
+    if "evaluate" not in what:
+        if not state.is_main_process: x.watch = Mute
+        for _ in x._stages(50): pass
+        state.wait_for_everyone()
+        if "examine" in what: x.prepare_examination()
+        elif state.is_main_process: print(f"trained {x.trainer.step} steps in {state.num_processes} processes", flush=True)
+    if hasattr(x, "evaluation"): x.evaluation.share(state.process_index, state.num_processes)
     state.wait_for_everyone()
-    if state.is_main_process: print(f"trained {x.trainer.step} steps in {state.num_processes} processes", flush=True)
     state.destroy_process_group()
 
-# %% ../nbs/lib/20_launch.ipynb #c005
+#| export
 if __name__ == "__main__" and Path(sys.argv[0]).name == "launch.py": main(sys.argv[1:])

@@ -116,7 +116,7 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         "Everything that decides the rest of the run, as flat tensors."
-        out = {"step": torch.tensor(self.step)} | {"control." + k: torch.tensor(v, dtype=torch.float64) for k, v in self.controls.items()}
+        out = {"step": torch.tensor(self.step), "scale": torch.tensor(self.scale, dtype=torch.float64)} | {"control." + k: torch.tensor(v, dtype=torch.float64) for k, v in self.controls.items()}
         for k, p in self.method.params.items():
             out["weight." + k] = p.detach()
             for name, v in self.optimizer.state.get(p, {}).items(): out[f"adam.{name}.{k}"] = v
@@ -124,7 +124,7 @@ class Trainer:
 
     def load_state(self, saved: dict[str, torch.Tensor]):
         "Continue from `state()`."
-        self.step = int(saved["step"])
+        self.step, self.scale = int(saved["step"]), float(saved.get("scale", self.scale))
         self.controls |= {k: float(saved["control." + k]) for k in self.controls if "control." + k in saved}
         self._set()
         with torch.no_grad():
@@ -173,18 +173,20 @@ class Trainer:
             first = m.before(*parts)
             return parts, first, self._gradient("r", m.retaining_loss, parts), self._gradient("u", m.unlearning_loss, parts)
         parts, first, loss_r, loss_u = self._fitting(batch, both)
-        if self.scale != 1 and not (g.flat["u"].isfinite().all() and g.flat["r"].isfinite().all()):  # fp16 overflowed: halve the scale, leave the weights alone
+        values = first | {"loss_u": loss_u, "loss_r": math.nan if loss_r is None else loss_r}
+        if self.scale != 1 and not (g.flat["u"].isfinite().all() and g.flat["r"].isfinite().all()):  # fp16 overflowed: halve the scale, leave the denoiser's weights alone
             self.scale /= 2
-            return {"loss_u": loss_u, "loss_r": math.nan if loss_r is None else loss_r, "overflow": 1., "lr": self.controls["lr"]}
+            if self.scale <= 1: raise FloatingPointError(f"the gradient is not finite at step {self.step + 1}, however small the losses are scaled; use precision bf16 or fp32")
+            return values | {"overflow": self.scale, "lr": self.controls["lr"]} | m.after(*parts)
         stats = (replace(self.combiner, keep_angles=True) if self.watch_layers else self.combiner)(g.views["u"], g.views["r"])
         if stats.angles: self.layers.append((self.step + 1, stats.angles))
         norm = float(nn.utils.clip_grad_norm_(self.params, m.clip if m.clip else math.inf))  # once, after the projection
         lr = self.controls["lr"] * self.schedule((self.step - m.warmup) / max(1, self.total - m.warmup))
         for group in self.optimizer.param_groups: group["lr"] = lr
         self.optimizer.step()
-        values = {"loss_u": loss_u, "loss_r": math.nan if loss_r is None else loss_r, "angle": stats.angle, "norm_u": stats.norm_u,
-                  "norm_r": stats.norm_r, "norm": norm, "conflict": float(stats.conflict), "removed": stats.removed, "lr": lr}
-        return values | first | m.after(*parts)
+        values |= {"angle": stats.angle, "norm_u": stats.norm_u,
+                   "norm_r": stats.norm_r, "norm": norm, "conflict": float(stats.conflict), "removed": stats.removed, "lr": lr}
+        return values | m.after(*parts)
 
     def __iter__(self) -> Iterator[Step]:
         "Run to the end, one `Step` at a time. Raises `FloatingPointError` at the first loss that is not finite, before the weights see it."

@@ -17,7 +17,7 @@ __all__ = ['DISTANCES', 'reference_for', 'prediction_gap', 'bound', 'distances',
 # %% ../nbs/lib/09_reference.ipynb #c004
 def reference_for(model: Denoiser, concepts: list[str]) -> Path | None:
     "The UNet retrained without exactly these concepts, if it lies beside the model's directory."
-    from unlearn_wb.runs import slug
+    from unlearn_wb.stores import slug
     folder = model.folder.parent / "without" / "+".join(sorted(slug(c) for c in concepts)) if model.folder else None
     return folder if folder and folder.is_dir() else None
 

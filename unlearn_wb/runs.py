@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from .concepts import nearest_name
 from .diffusion import quiet_loading
+from .stores import Mirror, is_url, local_copy, needs_room, room, slug
 
 # %% auto #0
-__all__ = ['FREE', 'BadParameter', 'read_parameters', 'BadRun', 'slug', 'write_json', 'versions', 'Run', 'Interrupted', 'Stop',
+__all__ = ['FREE', 'BadParameter', 'read_parameters', 'BadRun', 'write_json', 'versions', 'Run', 'Interrupted', 'Stop',
            'leave_on_sigterm']
 
 # %% ../nbs/lib/08_runs.ipynb #c005
@@ -34,6 +35,7 @@ def read_parameters(names: dict,  # `globals()` of the notebook, in its first ce
         if isinstance(default, bool) and isinstance(v, str) and v.lower() in ("true", "false"): v = v.lower() == "true"
         if isinstance(default, float) and isinstance(v, int) and not isinstance(v, bool): v = float(v)
         if isinstance(default, float) and isinstance(v, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", v): v = float(v)  # papermill leaves 5e-4 a string
+        if type(default) is int and isinstance(v, str) and re.fullmatch(r"[+-]?\d+", v): v = int(v)
         if isinstance(default, str) and isinstance(v, (int, float)) and not isinstance(v, bool): v = str(v)
         if type(v) is not type(default):
             raise BadParameter(f"parameter {k} = {v!r} is {type(v).__name__}; {type(default).__name__} is needed, such as {default!r}")
@@ -42,10 +44,6 @@ def read_parameters(names: dict,  # `globals()` of the notebook, in its first ce
 
 # %% ../nbs/lib/08_runs.ipynb #c008
 class BadRun(ValueError): "A run folder that cannot be used as asked, and why."
-
-def slug(text: str) -> str:
-    "A name that is safe in any file system."
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "run"
 
 def write_json(path: Path, value):
     "Write JSON whole or not at all."
@@ -63,10 +61,12 @@ FREE = ("versions", "device")  # may differ between a run and its resume
 
 class Run:
     "A run's folder."
-    def __init__(self, folder: str | Path): self.folder = Path(folder)
+    def __init__(self, folder: str | Path,  # a path; an address is fetched into runs/
+                 mirror: Mirror | None = None):  # where its copy lies
+        self.folder, self.mirror = local_copy(folder), mirror
 
     @classmethod
-    def open(cls, run_dir: str,  # where; "" for runs/<name>, counted up while it is taken
+    def open(cls, run_dir: str,  # where: a path, or an address that fsspec knows (s3://bucket/run); "" for runs/<name>, counted up while it is taken
              config: dict,  # all that decides the result
              name: str = "run",
              resume: bool = False,
@@ -81,7 +81,8 @@ class Run:
             run_dir = f"{home}/{name}"
             while not mine and Path(run_dir).exists(): run_dir, n = f"{home}/{name}-{n}", n + 1
             if mine: run_dir = mine[-1]
-        run = cls(run_dir)
+        mirror = Mirror(run_dir, home) if is_url(run_dir) else None
+        run = cls(mirror.fetch() if mirror else run_dir, mirror)
         if run.folder.is_file(): raise BadRun(f"run_dir '{run_dir}' is a file; give a folder")
         if (run.folder / "config.json").exists():
             different = run.differences(config)
@@ -89,8 +90,13 @@ class Run:
             if not resume and (run.folder / "trace.parquet").exists(): raise BadRun(f"run_dir '{run_dir}' holds this run already; add -p resume True to go on with it, or give another run_dir")
         else:
             run.folder.mkdir(parents=True, exist_ok=True)
-            write_json(run.folder / "config.json", config)
+            with room(run.folder): write_json(run.folder / "config.json", config)
+        run.send()
         return run
+
+    def send(self):
+        "Bring the copy elsewhere, where there is one, up to date."
+        if self.mirror: self.mirror.send()
 
     @property
     def config(self) -> dict: return json.loads((self.folder / "config.json").read_text())
@@ -101,12 +107,13 @@ class Run:
         return [f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in dict.fromkeys([*old, *new]) if k not in FREE and old.get(k) != new.get(k)]
 
     # checkpoints
+    @needs_room
     def save_checkpoint(self, step: int, tensors: dict[str, torch.Tensor], rows: list[dict], keep: int = 2):
         "Write state and trace; whole or not at all. The newest `keep` stay."
         from safetensors.torch import save_file
         final = self.folder / "checkpoints" / f"step-{step:06d}"
-        part = final.with_name(f".part-{os.getpid()}-{step}")
-        shutil.rmtree(part, ignore_errors=True)
+        for left in final.parent.glob(".part-*"): shutil.rmtree(left)  # by a run that was killed
+        part = final.with_name(f".part-{step}")
         part.mkdir(parents=True)
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / "state.safetensors")
         (part / "trace.json").write_text(json.dumps(rows))
@@ -121,6 +128,7 @@ class Run:
         _sync(final.parent)
         for old in sorted(final.parent.glob("step-*"))[:-keep]: shutil.rmtree(old)
         self.write_trace(rows)
+        self.send()
 
     def load_checkpoint(self, report=print) -> tuple[dict, list[dict]] | None:
         "State and trace of the newest undamaged checkpoint; a damaged one is reported and the one before it used."
@@ -135,6 +143,7 @@ class Run:
         return None
 
     # results
+    @needs_room
     def write_trace(self, rows: list[dict]):
         "The trace as parquet."
         import pandas as pd
@@ -147,6 +156,7 @@ class Run:
         import pandas as pd
         return pd.read_parquet(self.folder / "trace.parquet")
 
+    @needs_room
     def save_model(self, model, changed: dict[str, torch.Tensor], card: str):
         "The result as a plain diffusers directory, and the changed weights alone."
         from safetensors.torch import save_file
@@ -158,6 +168,7 @@ class Run:
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
 
+    @needs_room
     def save_figure(self, fig, name: str):
         "Keep a figure under images/."
         (self.folder / "images").mkdir(exist_ok=True)

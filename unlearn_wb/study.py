@@ -18,7 +18,7 @@ from .metrics import PerceptualDistance, SandboxJudge, judge_for, wilson
 from .reference import reference_for
 from .registry import METHODS
 from .scopes import choose
-from .workbench import read_options, split_names
+from .workbench import read_options
 
 # %% auto #0
 __all__ = ['REFERENCE', 'KEYS', 'read_variant', 'build', 'outcome', 'read_study', 'fill', 'share', 'reaches', 'paired',
@@ -38,10 +38,9 @@ def read_variant(variant: str) -> tuple[str, str, str]:
 def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None):
     "The method of a variant, ready to train. Returns it and its erasures."
     name, anchor, options = read_variant(variant)
-    model, names = Denoiser.load(), split_names(concept)
-    find = lambda n, a="": Erasure.find(model, n, a, also=tuple(o for o in names if o != n))
-    erasures = [find(n, anchor) for n in names]
-    if anchor: erasures = [replace(e, retained=tuple(r for r in find(e.target).retained if r != e.anchor)) for e in erasures]  # the same ones whatever the anchor
+    model = Denoiser.load()
+    erasures = Erasure.find_all(model, concept, anchor)
+    if anchor: erasures = [replace(e, retained=tuple(r for r in plain.retained if r != e.anchor)) for e, plain in zip(erasures, Erasure.find_all(model, concept))]  # the same ones whatever the anchor
     config = METHODS[name].defaults(model, erasures[0])
     config = replace(config, **({"seed": seed, "precision": default_precision()} | read_options(options, config)))
     return METHODS[name].make(model, erasures, config, cache), erasures
@@ -54,8 +53,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
     import pandas as pd
     cache, original = Cache(cache), Denoiser.load()
     if variant == REFERENCE:
-        names = split_names(concept)
-        erasures, took = [Erasure.find(original, k, also=tuple(o for o in names if o != k)) for k in names], 0.
+        erasures, took = Erasure.find_all(original, concept), 0.
         where = reference_for(original, [e.target for e in erasures])
         if not where: return None
         result = Denoiser.load(unet=where)

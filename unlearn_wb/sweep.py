@@ -8,7 +8,8 @@ import json, os, time
 from itertools import product
 from pathlib import Path
 from .concepts import nearest_name
-from .runs import BadParameter, slug
+from .runs import BadParameter
+from .stores import slug
 
 # %% auto #0
 __all__ = ['read_grid', 'find_notebook', 'check_grid', 'folder_name', 'run_cell', 'is_done', 'BadCluster', 'connect', 'sweep',

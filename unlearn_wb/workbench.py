@@ -7,8 +7,8 @@ from __future__ import annotations
 import base64, html, json, time
 from dataclasses import asdict, fields, replace
 import torch
-from .concepts import BadConcept, Cache, Erasure, nearest_name
-from .diffusion import Denoiser, default_precision, sample
+from .concepts import Cache, Erasure, nearest_name
+from .diffusion import Denoiser, default_precision, resolve_device, sample
 from .evaluation import Evaluation, Gallery, ask, verdict
 from .launch import check_processes, launch
 from .export import extract_lora, licence_of, model_card, push
@@ -17,27 +17,24 @@ from .registry import METHODS
 from .metrics import SandboxJudge, judge_for
 from .plots import plot_angles, plot_discriminator, plot_logits, plot_losses, plot_rates, plot_similarity, show_images
 from .reference import reference_for
-from .runs import BadParameter, Interrupted, Run, leave_on_sigterm, slug, versions, write_json
+from .stores import check_tracker, log_step, open_tracker, slug
+from .runs import BadParameter, Interrupted, Run, leave_on_sigterm, versions, write_json
 from .scopes import choose, load_changed
 from .widgets import Progress, Watch
 
 # %% auto #0
-__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'said', 'split_names', 'read_options', 'alerts', 'Experiment']
+__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'said', 'read_options', 'alerts', 'Experiment']
 
 # %% ../nbs/lib/14_workbench.ipynb #c005
 COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, batch_size=0, lr=0., combiner="", weight=-1., scope="", images="", retain="", num_images=0,
-              mode="simultaneous", options="", eval_images=60, seed=0, device="", precision="", run_dir="", resume=False, lora=0., push_to_hub="", num_processes=1)
+              mode="simultaneous", options="", eval_images=60, seed=0, device="", precision="", run_dir="", resume=False, lora=0., push_to_hub="", num_processes=1, log_with="tensorboard")
 PARAMETERS = COMMON | dict(warmup=-1, disc_lr=0., lam=-1., granularity="", sees="")
-WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume", "lora", "push_to_hub", "num_processes")  # said of the experiment, not of the method
+WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume", "lora", "push_to_hub", "num_processes", "log_with")  # said of the experiment, not of the method
 MODES = {"simultaneous": "all concepts in one training", "sequential": "one after the other, each from the last one's result"}
 
 def said(value) -> bool:
     "Whether a parameter was set: not empty, 0 or negative."
     return bool(value) and value != -1 if not isinstance(value, (int, float)) or isinstance(value, bool) else value > 0
-
-def split_names(text: str) -> list[str]:
-    "`'Snoopy + Mickey'` to `['Snoopy', 'Mickey']`."
-    return [n.strip() for n in text.split("+")]
 
 def read_options(text: str, config) -> dict:
     "`'eta=2, loss=noise'` as values for the fields of a method's configuration. Raises `BadParameter`."
@@ -81,16 +78,12 @@ class Experiment:
         if p["eval_images"] < 1: raise ValueError(f"eval_images = {p['eval_images']}; at least 1 is needed")
         choose("mode", p.get("mode", "simultaneous"), MODES)
         if not 0 <= p.get("lora", 0.) <= 1: raise BadParameter(f"lora = {p['lora']}; a share of the energy up to 1 is needed, such as 0.99, or 0 for none")
-        check_processes(p.get("num_processes", 1), p["device"])
-        device = p["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = resolve_device(p["device"], p["precision"])
+        check_processes(p.get("num_processes", 1), device)
+        check_tracker(p.get("log_with", ""))
         self.model = Denoiser.load(p["base_model"], device=device)
-        names = split_names(p["concept"])
         retain = tuple(n.strip() for n in p["retain"].split("+") if n.strip())
-        low = [n.lower() for n in names]
-        if len(set(low)) < len(low): raise BadConcept(f"'{p['concept']}' names a concept twice; name each once")
-        inside = next(((a, b) for a in low for b in low if a != b and f" {a} " in f" {b} "), None)
-        if inside: raise BadConcept(f"'{inside[0]}' is part of '{inside[1]}'; forget the two in runs of their own, or name '{inside[0]}' alone")
-        self.erasures = [Erasure.find(self.model, n, p["anchor"], p["concept_type"], retain, tuple(o for o in names if o != n)) for n in names]
+        self.erasures = Erasure.find_all(self.model, p["concept"], p["anchor"], p["concept_type"], retain)
         config = entry.defaults(self.model, self.erasures[0], p["preset"])
         has = {f.name for f in fields(config)}
         zero = ("warmup", "lam", "weight")  # 0 is a value of these, not "the default"
@@ -112,7 +105,7 @@ class Experiment:
 
     def _at(self, k: int) -> Run:
         "Where stage k keeps its checkpoints: the run's folder, or one of its own when there are several."
-        return self.run if len(self.stages) == 1 else Run(self.run.folder / "stages" / f"{k + 1}-{slug(self.stages[k][0].target)}")
+        return self.run if len(self.stages) == 1 else Run(self.run.folder / "stages" / f"{k + 1}-{slug(self.stages[k][0].target)}", self.run.mirror)
 
     def _enter(self, k: int):
         "Build the method of stage k on the model as it is now."
@@ -169,7 +162,10 @@ class Experiment:
         import pandas as pd
         bar, seen = self.progress(f"training in {n} processes"), lambda: sum(len(pd.read_parquet(f)) for f in self.run.folder.rglob("trace.parquet"))
         total = self.config.iterations * len(self.stages)
-        launch(self.method_name, self.p, self.run.folder, n, lambda: bar(min(seen(), total - 1), total))
+        def look():
+            bar(min(seen(), total - 1), total)
+            self.run.send()
+        launch({"method": self.method_name, "p": self._shared()}, self.run.folder, n, look)
         bar(total, total)
         self.p = self.p | {"resume": True}
 
@@ -194,7 +190,8 @@ class Experiment:
     def _solve(self):
         began = time.perf_counter()
         self.at.folder.mkdir(parents=True, exist_ok=True)
-        self.at.write_trace([{"step": 1, "phase": "unlearn", **self.method.solve(), "seconds": time.perf_counter() - began}])
+        row = {"step": 1, "phase": "unlearn", **self.method.solve(), "seconds": time.perf_counter() - began}
+        if Together().rank == 0: self.at.write_trace([row])
 
     def _train(self, every):
         self.trainer, rows = unlearn(self.method), []
@@ -206,16 +203,19 @@ class Experiment:
         together = self.trainer.together
         watch = self.watch(self.trainer.total, rows, self.trainer, self.before_after)
         watch.open()
+        tracker = open_tracker(self.p.get("log_with", ""), self.at.folder, self.run.config, self.trainer.step) if together.rank == 0 and self.trainer.step < self.trainer.total else None
         warmup = getattr(self.config, "warmup", 0)
-        with leave_on_sigterm() as stop:
+        with leave_on_sigterm() as stop, self.model.parked():
             for step in self.trainer:
                 go_on = watch.update(step) and not stop.requested
+                log_step(tracker, step.row())
                 if together.on: go_on = together.sum(float(not go_on)) == 0  # all leave at the same step
                 if step.index == warmup and hasattr(self.method, "examine") and together.rank == 0: write_json(self.run.folder / "warmup.json", {k: v.tolist() for k, v in self.method.examine().items()})
                 if together.rank == 0 and (step.index % every == 0 or step.done or not go_on): self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
                 if not go_on: break
                 yield watch
         watch.close()
+        if tracker: tracker.finish()
         if self.trainer.step == self.trainer.total and hasattr(self.method.moved, "merge"): self.method.moved.merge()  # a plain pipeline knows no adapters
         if stop.requested: raise Interrupted(f"asked to leave at step {self.trainer.step} of {self.trainer.total}; everything is saved, the same command with -p resume True goes on")
 
@@ -229,8 +229,8 @@ class Experiment:
         for name, figure in getattr(self.method, "figures", lambda trace: [])(trace): self.run.save_figure(figure, f"method-{name}")
         return alerts(trace)
 
-    def examine(self):
-        "The same prompts and seeds painted by the original, the unlearned model and the exact reference, and judged. A table of rates, or None without a judge."
+    def prepare_examination(self):
+        "Who is examined, on what, and by whom."
         device, settings = str(self.model.device), dict(precision=self.config.precision)
         gallery = lambda model, key="": Gallery(model, self.cache, key, **settings)
         models = {"original": gallery(Denoiser.load(self.p["base_model"], device=device)), "unlearned": gallery(self.model, self.model.fingerprint())}
@@ -238,8 +238,20 @@ class Experiment:
         if where: models["reference (never saw it)"] = gallery(Denoiser.load(self.p["base_model"], unet=where, device=device))
         judge = judge_for(self.model)
         self.evaluation = Evaluation(ask(self.erasures, self.p["eval_images"]), models, {"classifier": SandboxJudge(judge)} if judge else {}, self.erasures[0].anchor)
-        for name in models: self.evaluation.look(name, self.progress(f"painting the examination, {name}"))
-        if judge is None: return None
+
+    def _shared(self) -> dict:
+        "The parameters with which other processes enter this run."
+        return self.p | {"run_dir": str(self.run.folder), "resume": True}
+
+    def examine(self):
+        "The same prompts and seeds painted by the original, the unlearned model and the exact reference, and judged. A table of rates, or None without a judge."
+        self.prepare_examination()
+        n = self.p.get("num_processes", 1)
+        if n > 1:
+            bar = self.progress(f"painting the examination in {n} processes")
+            launch({"method": self.method_name, "p": self._shared(), "examine": True}, self.run.folder, n, lambda: bar(*self.evaluation.painted()))
+        for name in self.evaluation.galleries: self.evaluation.look(name, self.progress(f"painting the examination, {name}"))
+        if not self.evaluation.scorers: return None
         rows = self.evaluation.judged()
         rows.to_parquet(self.run.folder / "examination.parquet")
         self.table = self.evaluation.rates()
@@ -262,6 +274,7 @@ class Experiment:
         if own and own.exists(): (self.run.folder / "model" / "vocabulary.json").write_text(own.read_text())
         write_json(self.run.folder / "report.json", out)
         (self.run.folder / "report.html").write_text(self._page(out))
+        self.run.send()
         if self.p.get("push_to_hub"): print(push(self.run.folder / "model", self.p["push_to_hub"]))
         return out
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
-from ..diffusion import Denoiser, add_noise, denoise, embed_each, sample, seeded
+from ..diffusion import PRECISIONS, Denoiser, add_noise, denoise, embed_each, sample, seeded
 from ..scopes import ADAPTED, SCOPES, Adapters, Moved, choose
 from ..loop import SCHEDULES, Together
 from ..surgery import GRANULARITIES, RULES, Combiner
 
 # %% auto #0
-__all__ = ['IMAGES', 'KEEPS', 'ADV', 'PRECISIONS', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'paint_bank',
-           'text_states', 'PromptedLatents', 'Noised', 'Anchored', 'try_out']
+__all__ = ['IMAGES', 'KEEPS', 'ADV', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'paint_bank', 'text_states',
+           'PromptedLatents', 'Noised', 'Anchored', 'try_out']
 
 # %% ../../nbs/methods/anchored.ipynb #c005
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class MethodConfig:
     precision: str = "fp32"  # fp32, or bf16 or fp16 autocast
     micro_batch: int = 0  # images that go through at once; 0 for the whole batch
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    compile: bool = False  # translate the denoiser for this machine first (torch.compile): a slow first step, faster ones after it on a GPU
     seed: int = 0  # of everything random
 
 IMAGES = {"anchor": "DoCo, ConAbl", "target": "noised images of the target", "both": "half and half", "sampled": "ESD, SDD: the moving model's own sampling path, guidance 3"}
@@ -55,7 +56,6 @@ KEEPS = {"images": "DoCo Eq. 9: the diffusion loss on images of the anchor and t
          "empty": "squared distance to the original's predictions for the empty prompt (AdvAnchor)", "none": "nothing holds the rest"}
 
 ADV = {"adv1": "predictions", "adv2": "changes of the prediction against the empty prompt"}  # of which the adversary lowers the similarity
-PRECISIONS = {"fp32": "32-bit floats", "bf16": "bfloat16 autocast", "fp16": "half-precision autocast, losses scaled"}
 ANCHORS = {"prompt": "a word, or a description", "nothing": "the empty prompt", "adversarial": "AdvAnchor: found while training"}
 
 # %% ../../nbs/methods/anchored.ipynb #c007
@@ -124,6 +124,7 @@ class Anchored:
         if config.micro_batch and config.batch_size % config.micro_batch: raise ValueError(f"micro_batch = {config.micro_batch} does not divide batch_size = {config.batch_size}; choose a divisor")
         self.pieces = config.batch_size // config.micro_batch if config.micro_batch else 1
         if config.checkpointing: model.unet.enable_gradient_checkpointing()
+        if config.compile: model.unet.compile()
         self.moved = self.moving()
         self.params = self.moved.params
         self.banks = self.make_banks()
