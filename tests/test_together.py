@@ -84,6 +84,16 @@ def test_checkpointed_activations_give_the_same_weights(cache):
     assert close(w, p)
 
 
+@pytest.mark.parametrize("name", ["doco", "spm", "mace"])
+def test_a_compiled_denoiser_gives_the_same_weights(name, cache, monkeypatch):
+    _, w, _ = run(name, cache)
+    compiled, compile = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or compile(self, backend="eager"))  # traced as always, not translated: that takes minutes
+    _, p, _ = run(name, cache, compile=True)
+    torch._dynamo.reset()
+    assert compiled and close(w, p)
+
+
 def test_out_of_memory_halves_the_pieces_and_goes_on(cache, monkeypatch, capsys):
     _, w, _ = run("conabl", cache)
     make, plain = METHODS["conabl"].make, METHODS["conabl"].make.unlearning_loss

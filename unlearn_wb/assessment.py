@@ -69,7 +69,7 @@ class Assessment:
         for m in self.metrics: choose("metric", m, METRICS)
         device = resolve_device(p["device"], p["precision"])
         check_processes(p.get("num_processes", 1), device)
-        whats = [w.strip() for w in p["run"].split(",") if w.strip()]
+        whats = [str(local_copy(w.strip())) for w in p["run"].split(",") if w.strip()]
         if not whats: raise BadRun("run is empty; name a run folder, such as runs/demo")
         config = next((json.loads((Path(w) / "config.json").read_text()) for w in whats if (Path(w) / "config.json").exists() and not (Path(w) / "model_index.json").exists()), None)
         base = Denoiser.load(p["base_model"] or (config or {}).get("base_model") or "sandbox", device=device)

@@ -38,11 +38,11 @@ class Mirror:
 
     def _files(self) -> dict[str, tuple]:
         "What belongs to the copy: path -> (time, size)."
-        inside = lambda f: not any(p == "cache" or p.startswith(".") for p in f.relative_to(self.here).parts) and f.suffix != ".part"
+        inside = lambda f: not any(p in ("cache", "evaluation") or p.startswith(".") for p in f.relative_to(self.here).parts) and f.suffix != ".part"
         return {f.relative_to(self.here).as_posix(): (f.stat().st_mtime_ns, f.stat().st_size) for f in self.here.rglob("*") if f.is_file() and inside(f)}
 
     def fetch(self) -> Path:
-        "Make the folder here what lies there; images painted before are kept. The folder."
+        "Make the folder here what lies there; painted images and evaluations are kept. The folder."
         found = self._ask(lambda: self.fs.find(self.there) if self.fs.exists(self.there) else [])
         root = self.fs._strip_protocol(self.there).rstrip("/")
         for name in self._files(): (self.here / name).unlink()

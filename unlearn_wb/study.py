@@ -21,27 +21,26 @@ from .scopes import choose
 from .workbench import read_options
 
 # %% auto #0
-__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'build', 'outcome', 'read_study', 'fill', 'share', 'reaches', 'paired',
-           'claim_holds']
+__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'build', 'outcome', 'read_study', 'fill', 'share', 'side_by_side', 'reaches',
+           'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
 
-def read_variant(variant: str) -> tuple[str, str, str]:
-    "`'conabl: anchor=painting, lr=1e-4'` to the method, the anchor (or '') and the other options. Raises `ValueError`."
+def read_variant(variant: str) -> tuple[str, str, str, str]:
+    "`'conabl: anchor=painting, lr=1e-4'` to the method, the anchor (or ''), the preset and the other options. Raises `ValueError`."
     name, _, options = (x.strip() for x in variant.partition(":"))
     if name != REFERENCE: choose("method", name, METHODS)
-    parts = [x.strip() for x in options.split(",") if x.strip()]
-    anchor = [x.partition("=")[2].strip() for x in parts if x.partition("=")[0].strip() == "anchor"]
-    return name, anchor[0] if anchor else "", ", ".join(x for x in parts if x.partition("=")[0].strip() != "anchor")
+    parts = {k.strip(): v.strip() for k, _, v in (x.partition("=") for x in options.split(",") if x.strip())}
+    return name, parts.pop("anchor", ""), parts.pop("preset", "default"), ", ".join(f"{k}={v}" for k, v in parts.items())
 
 def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None):
     "The method of a variant, ready to train. Returns it and its erasures."
-    name, anchor, options = read_variant(variant)
+    name, anchor, preset, options = read_variant(variant)
     model = Denoiser.load()
     erasures = Erasure.find_all(model, concept, anchor)
     if anchor: erasures = [replace(e, retained=tuple(r for r in plain.retained if r != e.anchor)) for e, plain in zip(erasures, Erasure.find_all(model, concept))]  # the same ones whatever the anchor
-    config = METHODS[name].defaults(model, erasures[0])
+    config = METHODS[name].defaults(model, erasures[0], preset)
     config = replace(config, **({"seed": seed, "precision": default_precision()} | read_options(options, config)))
     return METHODS[name].make(model, erasures, config, cache), erasures
 
@@ -111,6 +110,14 @@ def share(part, group: str) -> str:
     g = part[part.group == group]
     k, n = int(g.hits.sum()), int(g.n.sum())
     return f"{100 * k / n:.0f} [{100 * wilson(k, n)[0]:.0f}, {100 * wilson(k, n)[1]:.0f}]" if n else "—"
+
+def side_by_side(table, variants: list[str], concepts: list[str] | None = None):
+    "Variants as rows: what is seen of each group (`share`), the retained images' distance I, CPU seconds. Those not run yet are left out. A DataFrame."
+    import pandas as pd
+    mine = table[table.concept.isin(concepts)] if concepts else table
+    rows = {v: mine[mine.variant == v] for v in variants}
+    return pd.DataFrame([{"variant": v} | {f"{g} {a}": share(part, g) for g, a in (("target", "↓"), ("linked", "↓"), ("retained", "↑"), ("other", "↑"))}
+                         | {"I retained ↓": round(part[part.group == "retained"].I.mean(), 3), "CPU seconds": round(part.seconds.median()) if part.seconds.notna().any() else "", "runs": part.groupby(KEYS).ngroups} for v, part in rows.items() if len(part)])
 
 def reaches(table, variant: str, target: float = .15, retained: float = .9) -> int:
     "On how many single concepts a variant brings the target down to `target` and keeps `retained`, all seeds together."
