@@ -62,7 +62,7 @@ class BadModel(ValueError): "A base model that cannot be used, or not here, and 
 
 def default_precision(device: str = "cpu") -> str:
     "bf16 where the device multiplies it natively (about twice as fast there), else fp32."
-    native = torch.cuda.is_bf16_supported() if device.startswith("cuda") else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if native else "fp32"
 
 PRECISIONS = {"fp32": "32-bit floats", "bf16": "bfloat16 autocast", "fp16": "half-precision autocast, losses scaled"}
