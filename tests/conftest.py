@@ -68,3 +68,15 @@ def tiny_xl_pipeline(seed=0):
     vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16)
     scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
     return StableDiffusionXLPipeline(vae=vae, text_encoder=one, text_encoder_2=two, tokenizer=tokenizer(), tokenizer_2=tokenizer(), unet=unet, scheduler=scheduler, add_watermarker=False)
+
+
+def tiny_flow_pipeline(seed=0):
+    "A Stable Diffusion 3 pipeline (transformer, flow matching, two CLIPs, no T5) of a few thousand random weights."
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    torch.manual_seed(seed)
+    words = dict(intermediate_size=32, num_attention_heads=2, num_hidden_layers=3, vocab_size=len(tokenizer()), max_position_embeddings=32, bos_token_id=tokenizer().bos_token_id, eos_token_id=tokenizer().eos_token_id, pad_token_id=tokenizer().pad_token_id)
+    one, two = (CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=n, projection_dim=n, **words)) for n in (16, 24))
+    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=40, pos_embed_max_size=8)
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16, shift_factor=.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False)
+    return StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.), vae=vae, text_encoder=one, tokenizer=tokenizer(), text_encoder_2=two, tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=None)

@@ -12,12 +12,14 @@ from .scopes import choose
 __all__ = ['SIZES', 'blank']
 
 # %% ../nbs/lib/21_blank.ipynb #c005
-SIZES = {  # name -> the U-Net's arguments, the VAE's channels, the text encoders' (width, layers, heads, projection), what is predicted
+SIZES = {  # name -> the denoising network's arguments, the VAE's channels, the text encoders' (width, layers, heads, projection), what is predicted
     "mid": (dict(sample_size=16, block_out_channels=(128, 256, 256), cross_attention_dim=96, attention_head_dim=8), (32, 64), [(96, 2, 4, 0)], "epsilon"),
     "sd14": (dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8), (128, 256, 512, 512), [(768, 12, 12, 0)], "epsilon"),
     "sd21": (dict(sample_size=96, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True), (128, 256, 512, 512), [(1024, 23, 16, 0)], "v_prediction"),
     "sdxl": (dict(sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
-                  addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816), (128, 256, 512, 512), [(768, 12, 12, 0), (1280, 32, 20, 1280)], "epsilon")}
+                  addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816), (128, 256, 512, 512), [(768, 12, 12, 0), (1280, 32, 20, 1280)], "epsilon"),
+    "sd3": (dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192),
+            (128, 256, 512, 512), [(768, 12, 12, 768), (1280, 32, 20, 1280)], "flow")}
 
 def blank(size: str,  # of `SIZES`
           device: str = "cpu"  # "meta" for shapes alone
@@ -25,19 +27,21 @@ def blank(size: str,  # of `SIZES`
     "A model with random weights and the shapes of a real one."
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-    unet, channels, texts, predicts = choose("size", size, SIZES)
-    n, last = len(unet["block_out_channels"]), 0 if size == "sdxl" else len(unet["block_out_channels"]) - 1  # which level has no cross-attention
-    down = tuple("DownBlock2D" if i == last else "CrossAttnDownBlock2D" for i in range(n))
+    network, channels, texts, predicts = choose("size", size, SIZES)
+    flow, levels = predicts == "flow", network.get("block_out_channels", ())
+    last = 0 if size == "sdxl" else len(levels) - 1  # which level of a U-Net has no cross-attention
+    down = tuple("DownBlock2D" if i == last else "CrossAttnDownBlock2D" for i in range(len(levels)))
     up = tuple(k.replace("Down", "Up") for k in reversed(down))
     tokenizer = CLIPTokenizer.from_pretrained(DATA / "sandbox" / "base" / "tokenizer", model_max_length=77)
     torch.manual_seed(0)
     with quiet_loading(), torch.device(device):
-        parts = dict(unet=diffusers.UNet2DConditionModel(layers_per_block=2, down_block_types=down, up_block_types=up, **unet),
-                     vae=diffusers.AutoencoderKL(block_out_channels=channels, layers_per_block=2, latent_channels=4, sample_size=unet["sample_size"] * 2 ** (len(channels) - 1), down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels)))
+        parts = dict(transformer=diffusers.SD3Transformer2DModel(**network)) if flow else dict(unet=diffusers.UNet2DConditionModel(layers_per_block=2, down_block_types=down, up_block_types=up, **network))
+        parts |= dict(vae=diffusers.AutoencoderKL(block_out_channels=channels, layers_per_block=2, latent_channels=network.get("in_channels", 4), use_quant_conv=not flow, use_post_quant_conv=not flow, sample_size=network["sample_size"] * 2 ** (len(channels) - 1), down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels)))
         for k, (width, layers, heads, projection) in enumerate(texts):
             config = CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=77, vocab_size=49408, projection_dim=projection or width,
                                     bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
             parts["text_encoder" if not k else f"text_encoder_{k + 1}"] = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    if flow: return Denoiser.of(diffusers.StableDiffusion3Pipeline(tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.), **parts), size)
     scheduler = diffusers.DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=predicts)
     if len(texts) > 1: return Denoiser(diffusers.StableDiffusionXLPipeline(tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, add_watermarker=False, **parts), size)
     return Denoiser(diffusers.StableDiffusionPipeline(tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts), size)

@@ -58,7 +58,7 @@ def similarity(model: Denoiser,
               ) -> dict[str, float]:  # other -> centred cosine, nearest first
     "Text-side similarity of a concept to others."
     names = [concept, *[o for o in others if o.lower() != concept.lower()]]
-    z = model.text_encoder(model.tokens([template.format(n) for n in names])).pooler_output.float()
+    z = model.summary([template.format(n) for n in names])
     z = F.normalize(z - z.mean(0), dim=1)
     cos = (z[1:] @ z[0]).tolist()
     return dict(sorted(zip(names[1:], cos), key=lambda kv: -kv[1]))

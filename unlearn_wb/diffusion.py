@@ -14,7 +14,7 @@ import unlearn_wb
 # %% auto #0
 __all__ = ['PRECISIONS', 'DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'BadModel',
            'default_precision', 'resolve_device', 'resolve_model', 'quiet_loading', 'why_not_loaded', 'Denoiser',
-           'denoise', 'starting_noise', 'sample', 'embed_each', 'attention_maps']
+           'denoise', 'starting_noise', 'sample', 'embed_each', 'FlowDenoiser', 'attention_maps']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -60,6 +60,8 @@ def x_prev(x_t: torch.Tensor,  # noisy latents (B,C,H,W)
 # %% ../nbs/lib/01_diffusion.ipynb #c015
 class BadModel(ValueError): "A base model that cannot be used, or not here, and why."
 
+def _known() -> str: return " and ".join(", ".join(PIPELINES).rsplit(", ", 1))
+
 def default_precision(device: str = "cpu") -> str:
     "bf16 where the device multiplies it natively (about twice as fast there), else fp32."
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -82,7 +84,8 @@ def resolve_device(device: str = "",  # "" for a GPU where there is one
 
 DATA = Path(unlearn_wb.__path__[0]).resolve().parent / "data"
 _PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-PIPELINES = {"StableDiffusionPipeline": _PARTS, "StableDiffusionXLPipeline": _PARTS | {"text_encoder_2": "model"}}  # class -> its parts, and the stem of their weights
+PIPELINES = {"StableDiffusionPipeline": _PARTS, "StableDiffusionXLPipeline": _PARTS | {"text_encoder_2": "model"},  # class -> its parts, and the stem of their weights
+             "StableDiffusion3Pipeline": {"transformer": "diffusion_pytorch_model"} | {k: v for k, v in _PARTS.items() if k != "unet"} | {"text_encoder_2": "model"}}
 
 
 def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
@@ -97,7 +100,7 @@ def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
     if not (path / "model_index.json").exists():
         raise BadModel(f"base model '{name}' has no model_index.json; give the directory that StableDiffusionPipeline.save_pretrained wrote")
     kind = json.loads((path / "model_index.json").read_text()).get("_class_name", "")
-    if kind not in PIPELINES: raise BadModel(f"base model '{name}' is a {kind or 'pipeline without a class'}; {' and '.join(PIPELINES)} are known")
+    if kind not in PIPELINES: raise BadModel(f"base model '{name}' is a {kind or 'pipeline without a class'}; {_known()} are known")
     for part, stem in PIPELINES[kind].items():
         files = [f.name for f in (path / part).glob("*")] if (path / part).is_dir() else []
         if any(f.startswith(stem) and f.endswith(".safetensors") for f in files): continue
@@ -132,25 +135,38 @@ def why_not_loaded(name: str, error: Exception) -> str:
     return f"base model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}; a directory needs model_index.json and the safetensors of every part"
 
 class Denoiser:
-    "A Stable Diffusion pipeline as the function eps(x_t, t, c): the only class that knows the pipeline's own interface."
+    "A Stable Diffusion pipeline as the function eps(x_t, t, c): this class and its child alone know the pipeline's own interface."
+    part = "unet"  # the pipeline's name of the denoising network
+    cross_attention = True  # words enter by cross-attention, whose keys and values are functions of the text states alone
     def __init__(self, pipe,  # a diffusers `StableDiffusionPipeline`
                  name: str = "",  # what to call it
                  folder: Path | None = None):  # where it was loaded from, if from a directory
         self.pipe, self.name, self.folder = pipe, name, folder
-        self.unet, self.vae, self.text_encoder, self.tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
-        self.tokenizer_2, self.text_encoder_2 = getattr(pipe, "tokenizer_2", None), getattr(pipe, "text_encoder_2", None)  # SDXL
+        self.unet = getattr(pipe, self.part)  # the denoising network, whatever its kind
+        self.vae, self.text_encoder, self.tokenizer = pipe.vae, pipe.text_encoder, pipe.tokenizer
+        for k in ("tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"): setattr(self, k, getattr(pipe, k, None))  # SDXL has two, SD 3 three
         for part in self.parts: part.requires_grad_(False).eval()
+        self._schedule()
+        if self.device.type == "cpu" and self.cross_attention:  # plain products: fused attention's bf16 backward is several times slower on CPUs
+            from diffusers.models.attention_processor import AttnProcessor
+            self.unet.set_attn_processor(AttnProcessor())
+
+    def _schedule(self):
+        "abar (T,), and what the network predicts."
+        pipe, name = self.pipe, self.name
         self.abar = pipe.scheduler.alphas_cumprod.to(self.device)  # (T,)
         self.predicts = pipe.scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction"):
             raise BadModel(f"model '{name}' predicts '{self.predicts}'; epsilon and v_prediction are known")
-        if self.device.type == "cpu":  # plain products: fused attention's bf16 backward is several times slower on CPUs
-            from diffusers.models.attention_processor import AttnProcessor
-            self.unet.set_attn_processor(AttnProcessor())
+
+    @classmethod
+    def of(cls, pipe, name: str = "", folder: Path | None = None) -> "Denoiser":
+        "The door that a pipeline needs."
+        return (FlowDenoiser if hasattr(pipe, "transformer") else Denoiser)(pipe, name, folder)
 
     @classmethod
     def load(cls, name: str = "sandbox",  # "sandbox", a diffusers directory or a hub id
-             unet: str | Path | None = None,  # another UNet for the same pipeline, a diffusers UNet directory
+             unet: str | Path | None = None,  # another denoising network for the same pipeline, a diffusers directory
              device: str = "cpu",
              dtype: torch.dtype = torch.float32) -> "Denoiser":
         "Load a model from safetensors. Raises `BadModel` with what is wrong and what would be right."
@@ -158,17 +174,19 @@ class Denoiser:
         try:
             with quiet_loading():
                 import diffusers
-                from diffusers import UNet2DConditionModel
                 kind = diffusers.DiffusionPipeline.load_config(where)["_class_name"]
-                if kind not in PIPELINES: raise ValueError(f"it is a {kind}; {' and '.join(PIPELINES)} are known")
-                plain = {} if kind == "StableDiffusionXLPipeline" else dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+                if kind not in PIPELINES: raise ValueError(f"it is a {kind}; {_known()} are known")
+                plain = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if kind == "StableDiffusionPipeline" else {}
+                if kind == "StableDiffusion3Pipeline" and Path(where).is_dir() and not (Path(where) / "text_encoder_3").is_dir(): plain = dict(text_encoder_3=None, tokenizer_3=None)  # its T5 may be left out
                 pipe = getattr(diffusers, kind).from_pretrained(where, use_safetensors=True, dtype=dtype, **plain)
-                if unet: pipe.unet = UNet2DConditionModel.from_pretrained(unet, use_safetensors=True, dtype=dtype)
+                if unet:
+                    part = "unet" if hasattr(pipe, "unet") else "transformer"
+                    setattr(pipe, part, type(getattr(pipe, part)).from_pretrained(unet, use_safetensors=True, dtype=dtype))
         except (OSError, ValueError) as e: raise BadModel(why_not_loaded(name, e)) from e
-        return cls(pipe.to(device), str(name), Path(where) if Path(where).is_dir() else None)
+        return cls.of(pipe.to(device), str(name), Path(where) if Path(where).is_dir() else None)
 
     @property
-    def parts(self) -> list: return [p for p in (self.unet, self.vae, self.text_encoder, self.text_encoder_2) if p is not None]
+    def parts(self) -> list: return [p for p in (self.unet, self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3) if p is not None]
     @property
     def device(self): return self.unet.device
     @property
@@ -177,6 +195,8 @@ class Denoiser:
     def latent_shape(self): return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
     @property
     def image_size(self): return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+    @property
+    def _shift(self): return getattr(self.vae.config, "shift_factor", None) or 0.
     @property
     def max_tokens(self): return self.tokenizer.model_max_length
 
@@ -194,6 +214,11 @@ class Denoiser:
         try: yield
         finally:
             for p, device in zip(parts, before): p.to(device)
+
+    def solver(self):
+        "DPM-Solver++ on this model's own timesteps."
+        from diffusers import DPMSolverMultistepScheduler
+        return DPMSolverMultistepScheduler.from_config({**self.pipe.scheduler.config, "steps_offset": 1}, algorithm_type="dpmsolver++")
 
     def autocast(self, precision: str):
         "A context in which the heavy parts compute in bf16 or fp16, or as they are (fp32)."
@@ -240,6 +265,12 @@ class Denoiser:
         if self.pipe.config.force_zeros_for_empty_prompt: out[[i for i, p in enumerate(prompts) if not p]] = 0
         return out
 
+    @torch.no_grad()
+    def summary(self, prompts: list[str]) -> torch.Tensor:  # (B,D) float32
+        "One vector a prompt: the first text encoder's pooled state."
+        with self._here(self.text_encoder): out = self.text_encoder(self.tokens(prompts))
+        return (out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output).float()
+
     def words(self, c: torch.Tensor) -> torch.Tensor:
         "The rows of text states (...,L,D) that stand for tokens."
         return c[..., :self.max_tokens, :]
@@ -247,12 +278,12 @@ class Denoiser:
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         "Images (N,3,H,W) in [0,1] to latents (N,C,h,w) of about unit variance."
-        with self._here(self.vae): return self.vae.encode(images.to(self.device, self.dtype) * 2 - 1).latent_dist.mean.float() * self.vae.config.scaling_factor
+        with self._here(self.vae): return self.vae.encode(images.to(self.device, self.dtype) * 2 - 1).latent_dist.mean.float().sub(self._shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         "Latents (N,C,h,w) to images (N,3,H,W) in [0,1], float32 on the CPU."
-        with self._here(self.vae): out = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample
+        with self._here(self.vae): out = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor + self._shift).sample
         return (out.float() / 2 + .5).clamp(0, 1).cpu()
 
 # %% ../nbs/lib/01_diffusion.ipynb #c025
@@ -263,8 +294,7 @@ def denoise(model: Denoiser,
             c_null: torch.Tensor,  # of the empty prompt (1,L,D)
             steps: int = 15, guidance: float = 4., precision: str = "fp32"):
     "The denoising path: yields (t, x_t, guided eps) before each step, and lastly (0, x_0, None)."
-    from diffusers import DPMSolverMultistepScheduler
-    solver = DPMSolverMultistepScheduler.from_config({**model.pipe.scheduler.config, "steps_offset": 1}, algorithm_type="dpmsolver++")
+    solver = model.solver()
     solver.set_timesteps(steps, device=model.device)
     x = x * solver.init_noise_sigma
     for t in solver.timesteps:
@@ -307,11 +337,50 @@ def embed_each(model: Denoiser, prompts: list[str]) -> torch.Tensor:
     unique = list(dict.fromkeys(prompts))
     return model.embed(unique)[[unique.index(p) for p in prompts]]
 
-# %% ../nbs/lib/01_diffusion.ipynb #c035
+# %% ../nbs/lib/01_diffusion.ipynb #c033
+class FlowDenoiser(Denoiser):
+    "A Stable Diffusion 3 pipeline behind the same door."
+    part, cross_attention = "transformer", False
+    def _schedule(self):
+        scheduler = self.pipe.scheduler.config
+        T, shift = scheduler.num_train_timesteps, scheduler.get("shift", 1.)
+        u = (torch.arange(T, dtype=torch.float64) + .5) / T
+        sigma = shift * u / (1 + (shift - 1) * u)  # (T,), share of noise on the straight path
+        self.scale = ((1 - sigma) ** 2 + sigma ** 2).sqrt().float().to(self.device)
+        self.abar, self.sigma, self.predicts = ((1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma ** 2)).float().to(self.device), sigma.float().to(self.device), "epsilon"
+
+    def solver(self):
+        from diffusers import DPMSolverMultistepScheduler
+        a = self.abar.double().cpu()
+        return DPMSolverMultistepScheduler(len(a), trained_betas=(1 - a / torch.cat([torch.ones(1), a[:-1]])).tolist(), algorithm_type="dpmsolver++")
+
+    def eps(self, x_t: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        "Predicted noise; see `Denoiser.eps`."
+        t, c = t.expand(len(x_t)), c.to(self.dtype)
+        y, wide = x_t * _wide(self.scale[t], x_t), _wide(self.sigma[t], x_t)
+        v = self.unet(y.to(self.dtype), timestep=self.sigma[t] * self.pipe.scheduler.config.num_train_timesteps, encoder_hidden_states=c[:, :-1], pooled_projections=c[:, -1, :self.unet.config.pooled_projection_dim]).sample
+        return y.float() + (1 - wide) * v.float()
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L+256+1,D)
+        "The text states: both CLIPs', side by side, then T5's (zeros without it), then one row, the pooled text."
+        with self._here(*(p for p in self.parts if p not in (self.unet, self.vae))):
+            one, two = (encoder(self.tokens(prompts, tokenizer), output_hidden_states=True) for encoder, tokenizer in ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)))
+            third = self._t5(prompts)
+        row = lambda x: F.pad(x, (0, self.unet.config.joint_attention_dim - x.shape[-1]))
+        return torch.cat([row(torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)), third, row(torch.cat([one[0], two[0]], -1))[:, None]], 1)
+
+    def _t5(self, prompts, length: int = 256):
+        if self.text_encoder_3 is None: return torch.zeros(len(prompts), length, self.unet.config.joint_attention_dim, dtype=self.dtype, device=self.device)
+        ids = self.tokenizer_3(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        return self.text_encoder_3(ids.to(self.device))[0]
+
+# %% ../nbs/lib/01_diffusion.ipynb #c037
 @contextmanager
 def attention_maps(model: Denoiser):
     "Within this block every call of the denoiser fills the yielded dict: layer -> cross-attention probabilities (B, heads, places, tokens), with their graph."
     from diffusers.models.attention_processor import AttnProcessor
+    if not model.cross_attention: raise BadModel(f"'{model.name}' attends to words and places together; maps of words to places exist for models with cross-attention")
     maps, before = {}, model.unet.attn_processors
     class Keep(AttnProcessor):
         def __init__(self, name): super().__init__(); self.name = name

@@ -29,9 +29,9 @@ class Lora:
         for k, (a, b) in self.factors.items(): out[f"{k}.weight"] += scale * (b.flatten(1) @ a.flatten(1)).view_as(out[f"{k}.weight"]).to(out[f"{k}.weight"])
         return out
 
-    def peft(self) -> dict[str, torch.Tensor]:
-        "Tensors under the keys that diffusers and PEFT read."
-        return {f"unet.{k}.lora_{x}.weight": w.contiguous() for k, pair in self.factors.items() for x, w in zip("AB", pair)}
+    def peft(self, part: str = "unet") -> dict[str, torch.Tensor]:
+        "Tensors under the keys that diffusers and PEFT read; `part` is the pipeline's name of the denoising network."
+        return {f"{part}.{k}.lora_{x}.weight": w.contiguous() for k, pair in self.factors.items() for x, w in zip("AB", pair)}
 
     def kohya(self) -> dict[str, torch.Tensor]:
         "Tensors under the keys of kohya's scripts and of most user interfaces."
@@ -39,12 +39,12 @@ class Lora:
         out = {f"{name(k)}.lora_{x}.weight": w.contiguous() for k, pair in self.factors.items() for x, w in zip(("down", "up"), pair)}
         return out | {f"{name(k)}.alpha": torch.tensor(float(len(a))) for k, (a, _) in self.factors.items()}
 
-    def save(self, folder: str | Path):
-        "Write `lora.safetensors` (PEFT keys) and `lora-kohya.safetensors`."
+    def save(self, folder: str | Path, part: str = "unet"):
+        "Write `lora.safetensors` (PEFT keys) and, for U-Nets, `lora-kohya.safetensors`."
         from safetensors.torch import save_file
         said = {"energy": f"{self.energy:.4f}", "format": "pt"}
-        save_file(self.peft(), Path(folder) / "lora.safetensors", said)
-        save_file(self.kohya(), Path(folder) / "lora-kohya.safetensors", said)
+        save_file(self.peft(part), Path(folder) / "lora.safetensors", said)
+        if part == "unet": save_file(self.kohya(), Path(folder) / "lora-kohya.safetensors", said)
 
 @torch.no_grad()
 def extract_lora(start: dict[str, torch.Tensor],  # the original's weights, by parameter name

@@ -4,6 +4,7 @@
 
 # %% ../nbs/lib/04_scopes.ipynb #c002
 from __future__ import annotations
+import re
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -22,10 +23,13 @@ def choose(what: str, name: str, table: dict):
     hint = nearest_name(str(name), list(table))
     raise BadChoice(f"unknown {what} '{name}'; " + (f"did you mean '{hint}'? " if hint else "") + f"choose one of {', '.join(table)}")
 
+_words = re.compile(r"attentions\..*\.attn2\.|\.attn\.(add_[qkv]_proj|to_add_out)\.")  # a U-Net's cross-attention; the text's side of a transformer's joint attention
+_words_kv = re.compile(r"attentions\..*\.attn2\.to_[kv]\.|\.attn\.add_[kv]_proj\.")
+
 SCOPES = {  # name -> does this parameter move?
-    "xattn": lambda name: ".attn2." in name,
-    "xattn-kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
-    "noxattn": lambda name: ".attn2." not in name,
+    "xattn": lambda name: bool(_words.search(name)),
+    "xattn-kv": lambda name: bool(_words_kv.search(name)),
+    "noxattn": lambda name: not _words.search(name),
     "full": lambda name: True}
 
 def select(unet: nn.Module, scope: str) -> dict[str, nn.Parameter]:

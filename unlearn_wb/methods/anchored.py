@@ -107,6 +107,7 @@ class Anchored:
     name = "anchored"
     couples = ""  # why a batch cannot be cut into pieces, where it cannot
     takes_anchor = True  # False: the loss has no anchor to replace
+    reads_attention = False  # True: it needs a model with cross-attention
     choices = {"images": IMAGES, "keep": KEEPS, "anchors": ANCHORS, "anchor_loss": ADV, "precision": PRECISIONS, "lr_schedule": SCHEDULES, "granularity": GRANULARITIES, "combiner": RULES, "scope": SCOPES | ADAPTED}  # field of the configuration -> its values
     def __init__(self, model: Denoiser,
                  erasures: list[Erasure],  # one or several, all forgotten at once
@@ -117,6 +118,7 @@ class Anchored:
             if what != "combiner": choose(what, getattr(config, what), table)  # a combiner can be one of torchjd's
         if config.warmup and not hasattr(self, "warm_up"): raise ValueError(f"{self.name} has no discriminator and so no warm-up; leave warmup at 0")
         if config.anchors != "prompt" and not self.takes_anchor: raise ValueError(f"anchors = {config.anchors}; {self.name} pulls to no anchor: leave it at prompt")
+        if (self.reads_attention or config.detach_start) and not model.cross_attention: raise ValueError(f"{self.name if self.reads_attention else 'detach_start'} works on cross-attention, and '{model.name}' attends to words and places together; " + ("take a method that does not, such as doco, esd or conabl" if self.reads_attention else "leave it at false"))
         self.combiner = Combiner(config.combiner, config.granularity, config.lam, config.weight)
         if config.keep == "none" and config.combiner not in RULES: raise ValueError(f"combiner {config.combiner} weighs two gradients, and keep = none gives one; choose another keep, or combiner sum")
         self.model, self.config, self.erasures, self.together = model, config, erasures, Together()

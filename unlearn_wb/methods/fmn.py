@@ -30,6 +30,7 @@ class FMNConfig(MethodConfig):
 class FMN(Anchored):
     "Forget-Me-Not's attention re-steering (Zhang et al. 2023, Eq. 3)."
     name = "Forget-Me-Not"
+    reads_attention = True
     takes_anchor = False
     choices = Anchored.choices | {"tokens": {"concept": "the concept's own", "tail": "and all later ones"}}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: FMNConfig, cache=None, callback=None):

@@ -31,6 +31,7 @@ class MACEConfig(MethodConfig):
 class MACE(Anchored):
     "Mass concept erasure (Lu et al. 2024, Eqs. 2 and 5)."
     name = "MACE"
+    reads_attention = True
     takes_anchor = False
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: MACEConfig, cache=None, callback=None):
         if config.scope != "adapter-kv": raise ValueError(f"scope = {config.scope}; MACE refines keys and values and adapts them: adapter-kv")

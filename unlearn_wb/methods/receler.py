@@ -36,6 +36,7 @@ class RecelerConfig(MethodConfig):
 class Receler(Anchored):
     "Reliable concept erasing by lightweight erasers (Huang et al. 2024, Eqs. 4-8)."
     name = "Receler"
+    reads_attention = True
     takes_anchor = False
     couples = "its soft tokens are trained on the whole batch"
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: RecelerConfig, cache=None, callback=None):
