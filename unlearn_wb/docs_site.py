@@ -9,8 +9,8 @@ from pathlib import Path
 from .stores import slug
 
 # %% auto #0
-__all__ = ['PAGES', 'HOME', 'CONF', 'CSS', 'directives', 'exported', 'reference', 'module_of', 'find_symbols', 'link_names',
-           'page_of', 'setup', 'heading', 'build', 'faults', 'shrink', 'shrink_notebook']
+__all__ = ['PAGES', 'HOME', 'CONF', 'CSS', 'directives', 'exported', 'spoken', 'reference', 'module_of', 'find_symbols',
+           'link_names', 'page_of', 'setup', 'heading', 'build', 'faults', 'shrink', 'shrink_notebook']
 
 # %% ../nbs/lib/17_site.ipynb #c005
 PAGES = {  # caption -> pages, by their place under nbs/
@@ -36,6 +36,10 @@ def exported(source: str) -> list[str]:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)): out += [t.id for target in (node.targets if isinstance(node, ast.Assign) else [node.target]) for t in (target.elts if isinstance(target, ast.Tuple) else [target]) if isinstance(t, ast.Name)]
     return [n for n in out if not n.startswith("_")]
 
+def spoken(text: str) -> str:
+    "A docstring's sentence as HTML: names in backticks become code."
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
 def _type(text) -> str: return "" if text is inspect.Parameter.empty else text if isinstance(text, str) else getattr(text, "__name__", str(text))
 
 def _arguments(obj) -> str:
@@ -53,7 +57,7 @@ def _arguments(obj) -> str:
         except (SyntaxError, OSError): told = {}  # made at run time, or with a text that cannot be dedented
         rows = [(k, _type(v.annotation), "" if v.default is inspect.Parameter.empty else repr(v.default), told.get(k) or "") for k, v in signature.parameters.items() if k != "self"]
         if not inspect.isclass(obj) and signature.return_annotation is not inspect.Signature.empty: rows.append(("returns", _type(signature.return_annotation), "", told.get("return") or ""))
-    cells = "".join("<tr>" + "".join(f"<td>{'<code>' + html.escape(str(x)) + '</code>' if x and i < 3 and not (i == 0 and x == 'returns') else html.escape(str(x))}</td>" for i, x in enumerate(row)) + "</tr>" for row in rows)
+    cells = "".join("<tr>" + "".join(f"<td>{'<code>' + html.escape(str(x)) + '</code>' if x and i < 3 and not (i == 0 and x == 'returns') else spoken(str(x))}</td>" for i, x in enumerate(row)) + "</tr>" for row in rows)
     return f"<details><summary>{'fields' if inspect.isclass(obj) and is_dataclass(obj) else 'parameters'}</summary><table><thead><tr><th>name</th><th>type</th><th>default</th><th>meaning</th></tr></thead><tbody>{cells}</tbody></table></details>" if rows else ""
 
 def reference(module: str, name: str) -> str:
@@ -62,7 +66,7 @@ def reference(module: str, name: str) -> str:
     words = lambda o: " ".join((getattr(o, "__doc__", "") or "").split()) if callable(o) else ""  # its own, not an ancestor's
     def entry(o, title, level):
         say = words(o)
-        return f"<p><b><code>{html.escape(title)}</code></b>{': ' + html.escape(say) if say else ''}</p>" + (_arguments(o) if callable(o) and level < 2 else "")
+        return f"<p><b><code>{html.escape(title)}</code></b>{': ' + spoken(say) if say else ''}</p>" + (_arguments(o) if callable(o) and level < 2 else "")
     out = entry(obj, name, 0)
     if not callable(obj): out += f"<p>{html.escape(', '.join(map(str, obj)) if isinstance(obj, (dict, tuple, list)) else str(obj))[:300]}</p>"
     if inspect.isclass(obj):
@@ -211,7 +215,7 @@ def build(nbs: str | Path = "nbs", out: str | Path = "_docs", report=print) -> P
     lines = ["# API reference", "", "Every public name, by module; each links to its entry in the notebook that defines it."]
     for module, page in sorted(modules.items()):
         m = importlib.import_module(f"unlearn_wb.{module}")
-        lines += ["", f"## {module}", "", *(f"- <a href='{page}.html#{module}.{n}'><code>{n}</code></a> {html.escape(first(getattr(m, n)))}" for n in getattr(m, "__all__", []))]
+        lines += ["", f"## {module}", "", *(f"- <a href='{page}.html#{module}.{n}'><code>{n}</code></a> {spoken(first(getattr(m, n)))}" for n in getattr(m, "__all__", []))]
     (src / "api.md").write_text("\n".join(lines) + "\n")
     for caption, pages in PAGES.items():  # a page a section, so that the theme shows sections above and their pages beside
         (src / f"{slug(caption)}.md").write_text(f"# {caption}\n\n" + "\n".join(f"- <a href='{p}.html'>{html.escape(heads[p][0])}</a>: {html.escape(heads[p][1])}" for p in pages) + "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```\n")
