@@ -11,7 +11,7 @@ from typing import Callable
 import numpy as np
 import torch
 from .concepts import Cache, Erasure
-from .diffusion import Denoiser, default_precision
+from .diffusion import Denoiser, default_precision, resolve_device
 from .evaluation import Evaluation, Gallery, ask
 from .loop import unlearn
 from .metrics import PerceptualDistance, SandboxJudge, judge_for, wilson
@@ -34,45 +34,47 @@ def read_variant(variant: str) -> tuple[str, str, str, str]:
     parts = {k.strip(): v.strip() for k, _, v in (x.partition("=") for x in options.split(",") if x.strip())}
     return name, parts.pop("anchor", ""), parts.pop("preset", "default"), ", ".join(f"{k}={v}" for k, v in parts.items())
 
-def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None):
+def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None, device: str = "cpu"):
     "The method of a variant, ready to train. Returns it and its erasures."
     name, anchor, preset, options = read_variant(variant)
-    model = Denoiser.load()
+    model = Denoiser.load(device=device)
     erasures = Erasure.find_all(model, concept, anchor)
     if anchor: erasures = [replace(e, retained=tuple(r for r in plain.retained if r != e.anchor)) for e, plain in zip(erasures, Erasure.find_all(model, concept))]  # the same ones whatever the anchor
     config = METHODS[name].defaults(model, erasures[0], preset)
-    config = replace(config, **({"seed": seed, "precision": default_precision()} | read_options(options, config)))
+    config = replace(config, **({"seed": seed, "precision": default_precision(device)} | read_options(options, config)))
     return METHODS[name].make(model, erasures, config, cache), erasures
 
 def outcome(variant: str, concept: str, seed: int = 0,
             n: int = 30,  # images of the target, of each retained concept, of each linked phrase, of the others together
-            cache: str | Path = "runs/cache"  # what the original paints, shared by all runs
+            cache: str | Path = "runs/cache",  # what the original paints, shared by all runs
+            device: str = ""  # "" for a GPU where there is one
            ):
-    "Train one variant and judge it: a row a group, with hits, n, the worst concept's rate, the mean perceptual distance I to the original's images, and CPU seconds of training (other work on the machine does not lengthen them). None where there is no exact reference."
+    "Train one variant and judge it: a row a group, with hits, n, the worst concept's rate, the mean perceptual distance I to the original's images, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
     import pandas as pd
-    cache, original = Cache(cache), Denoiser.load()
+    device = resolve_device(device)
+    cache, original = Cache(cache), Denoiser.load(device=device)
     if variant == REFERENCE:
         erasures, took = Erasure.find_all(original, concept), 0.
         where = reference_for(original, [e.target for e in erasures])
         if not where: return None
-        result = Denoiser.load(unet=where)
+        result = Denoiser.load(unet=where, device=device)
     else:
-        method, erasures = build(variant, concept, seed, cache)
+        method, erasures = build(variant, concept, seed, cache, device)
         began = time.process_time()
         if hasattr(method, "solve"): method.solve()
         else:
             for _ in unlearn(method): pass
-        took = time.process_time() - began
+        took = time.process_time() - began if device == "cpu" else float("nan")
         if hasattr(method.moved, "merge"): method.moved.merge()
         result = method.model
-    judge, fast = judge_for(original), dict(precision=default_precision())
+    judge, fast = judge_for(original), dict(precision=default_precision(device))
     asked = [replace(q, seed=q.seed + 10_000 * seed) for q in ask(erasures, n)]
     with tempfile.TemporaryDirectory() as brief:
         galleries = {"original": Gallery(original, cache, **fast), "unlearned": Gallery(result, Cache(brief), result.fingerprint(), **fast)}
         ev = Evaluation(asked, galleries, {"classifier": SandboxJudge(judge), "distance": PerceptualDistance(judge)})
         rows, rates = ev.judged().query("model == 'unlearned'"), ev.rates().query("model == 'unlearned'")
     far = rows.groupby("group")["distance to original"].mean()
-    return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads()) for k, g in rates.groupby("group", sort=False)])
+    return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device) for k, g in rates.groupby("group", sort=False)])
 
 # %% ../nbs/lib/15_study.ipynb #c009
 KEYS = ["variant", "concept", "seed"]
@@ -80,7 +82,7 @@ KEYS = ["variant", "concept", "seed"]
 def read_study(path: str | Path):
     "The runs so far; empty when there is no file yet."
     import pandas as pd
-    return pd.read_csv(path) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "worst", "I", "seconds", "threads"])
+    return pd.read_csv(path) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "worst", "I", "seconds", "threads", "device"])
 
 def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback: Callable | None = print,
          backwards: bool = False,  # from the end of the list: for a second process
