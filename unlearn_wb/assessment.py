@@ -13,7 +13,7 @@ from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_c
 from .metrics import METRICS, PROTOCOLS, scorers_for, wilson
 from .reference import distances, plot_distances, reference_for
 from .runs import BadRun, write_json
-from .launch import check_processes, launch
+from .launch import check_processes
 from .scopes import choose, load_changed
 from .stores import local_copy
 from .widgets import Progress
@@ -113,10 +113,7 @@ class Assessment:
 
     def measure(self):
         "Paint, score, compute; write per-prompt results and metrics. The long table."
-        n = self.p.get("num_processes", 1)
-        if n > 1:
-            bar = Progress(f"painting in {n} processes")
-            launch({"evaluate": self.p}, self.out, n, lambda: bar(*self.evaluation.painted()))
+        self.evaluation.paint_in(self.p.get("num_processes", 1), {"evaluate": self.p}, self.out, Progress)
         for name in self.evaluation.galleries: self.evaluation.look(name, Progress(f"painting and scoring, {name}"))
         rows = self.evaluation.judged()
         _whole(rows.to_parquet, self.out / "prompts.parquet"), _whole(lambda f: rows.to_csv(f, index=False), self.out / "prompts.csv")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from .concepts import Cache, Erasure, Probe, probes
 from .diffusion import Denoiser, sample
+from .launch import launch
 from .metrics import METRICS, PROTOCOLS, Cell, Protocol, SandboxJudge, Unmeasurable, blur, flagged, judge_for, wilson
 from .scopes import choose
 
@@ -283,9 +284,13 @@ class Evaluation:
         "Paint one process's share into the cache, where the others and `look` find it."
         for gallery, part in self._units()[rank::size]: gallery.images(part)
 
-    def painted(self) -> tuple[int, int]:
-        "How many parts lie in the cache, and of how many."
-        return sum(g.cache.where(g.where(part)).exists() for g, part in self._units()), len(self._units())
+    def paint_in(self, n: int, what: dict, folder: Path, progress):
+        "Let n processes paint what the cache lacks; see `launch` for `what`."
+        units = self._units()
+        bar, total, painted = progress(f"painting in {n} processes"), sum(len(part) for _, part in units), lambda: sum(len(part) for g, part in units if g.cache.where(g.where(part)).exists())
+        if n > 1 and painted() < total:
+            launch(what, folder, n, lambda: bar(min(painted(), total - 1), total))
+            bar(total, total)
 
     def look(self, name: str, callback=None) -> dict:
         "Paint and score what is not there yet; the original first."

@@ -246,10 +246,7 @@ class Experiment:
     def examine(self):
         "The same prompts and seeds painted by the original, the unlearned model and the exact reference, and judged. A table of rates, or None without a judge."
         self.prepare_examination()
-        n = self.p.get("num_processes", 1)
-        if n > 1:
-            bar = self.progress(f"painting the examination in {n} processes")
-            launch({"method": self.method_name, "p": self._shared(), "examine": True}, self.run.folder, n, lambda: bar(*self.evaluation.painted()))
+        self.evaluation.paint_in(self.p.get("num_processes", 1), {"method": self.method_name, "p": self._shared(), "examine": True}, self.run.folder, self.progress)
         for name in self.evaluation.galleries: self.evaluation.look(name, self.progress(f"painting the examination, {name}"))
         if not self.evaluation.scorers: return None
         rows = self.evaluation.judged()
