@@ -55,4 +55,4 @@ class Amnesia(Anchored):
         replay = super().retaining_loss(batch)
         return self.config.ewc / 2 * springs + (replay if replay is not None else 0.)
 
-defaults = defaults_for(AmnesiaConfig(), dict(lr=1e-3, iterations=400, num_images=96, scope="xattn-kv", ewc=1e-2))
+defaults = defaults_for(AmnesiaConfig(), dict(lr=1e-3, iterations=400, num_images=96, scope="xattn-kv", ewc=1e-2, weight=.1))
