@@ -37,9 +37,11 @@ def test_a_run_at_an_address_is_entered_from_another_machine(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a), "the run that moved ends where the one that stayed ends"
 
     from test_evaluation import EVALUATE
-    from unlearn_wb.assessment import Assessment
+    from unlearn_wb.assessment import Assessment, find_runs, leaderboard
     a = Assessment({**EVALUATE, "run": url, "metrics": "ACC", "exact": False})
     assert a.targets == "van gogh" and len(a.measure()) and (a.out / "metrics.csv").exists() and not (there / "evaluation").exists()
+    board = leaderboard(find_runs(url))
+    assert board.concept.tolist() == ["Van Gogh"]
     with pytest.raises(BadStore, match="no address that fsspec knows"): Experiment(parameters(run_dir="nowhere://x", **QUICK), "doco")
 
 

@@ -182,10 +182,10 @@ def _whole(write, path: Path):
 
 # %% ../nbs/lib/09_assessment.ipynb #c009
 def find_runs(text: str) -> list[str]:
-    "Run folders from names and patterns joined by commas: what a pattern finds without being a run is passed over."
+    "Run folders from names, addresses and patterns joined by commas: what a pattern finds without being a run is passed over."
     import glob
     out = []
-    for what in (w.strip() for w in text.split(",") if w.strip()): out += [f for f in sorted(glob.glob(what)) if (Path(f) / "config.json").exists()] if any(ch in what for ch in "*?[") else [what]
+    for what in (w.strip() for w in text.split(",") if w.strip()): out += [f for f in sorted(glob.glob(what)) if (Path(f) / "config.json").exists()] if any(ch in what for ch in "*?[") else [str(local_copy(what))]
     return list(dict.fromkeys(out))
 
 def leaderboard(folders: list[str | Path], report=print):
