@@ -21,8 +21,8 @@ from .scopes import choose
 from .workbench import read_options
 
 # %% auto #0
-__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'build', 'outcome', 'read_study', 'fill', 'share', 'side_by_side', 'reaches',
-           'paired', 'claim_holds']
+__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'build', 'outcome', 'read_study', 'fill', 'share', 'side_by_side', 'by_concept',
+           'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -120,6 +120,16 @@ def side_by_side(table, variants: list[str], concepts: list[str] | None = None):
     rows = {v: mine[mine.variant == v] for v in variants}
     return pd.DataFrame([{"variant": v} | {f"{g} {a}": share(part, g) for g, a in (("target", "↓"), ("linked", "↓"), ("retained", "↑"), ("other", "↑"))}
                          | {"I retained ↓": round(part[part.group == "retained"].I.mean(), 3), "CPU seconds": round(part.seconds.median()) if part.seconds.notna().any() else "", "runs": part.groupby(KEYS).ngroups} for v, part in rows.items() if len(part)])
+
+def by_concept(table, variants: list[str], concepts: list[str] | None = None):
+    "Variants as rows, concepts as columns: target / retained in per cent. A DataFrame."
+    import pandas as pd
+    concepts = [c for c in concepts or dict.fromkeys(table.concept) if (table.concept == c).any()]
+    def cell(v, c):
+        part = table[(table.variant == v) & (table.concept == c)]
+        rate = lambda g: f"{100 * part[part.group == g].hits.sum() / part[part.group == g].n.sum():.0f}" if part[part.group == g].n.sum() else "—"
+        return f"{rate('target')} / {rate('retained')}" if len(part) else "—"
+    return pd.DataFrame([[cell(v, c) for c in concepts] for v in variants], index=variants, columns=concepts)
 
 def reaches(table, variant: str, target: float = .15, retained: float = .9) -> int:
     "On how many single concepts a variant brings the target down to `target` and keeps `retained`, all seeds together."
