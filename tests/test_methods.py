@@ -406,3 +406,15 @@ def test_an_adapted_model_is_not_adapted_again():
     with pytest.raises(ValueError, match="is adapted already; fold the first adapter"): spm.SPM(m.model, [e], m.config)
     m.moved.merge()
     spm.SPM(m.model, [e], m.config)
+
+
+def test_few_images_reach_every_concept(cache):
+    "With fewer images than prompts each of several concepts still has its share, of every kind of image."
+    from unlearn_wb.methods.conabl import ConAbl, ConAblConfig
+    model = Denoiser(tiny_pipeline(), "tiny")
+    erasures = Erasure.find_all(model, "Snoopy + Mickey + Pikachu", kind="instance")
+    m = ConAbl(model, erasures, ConAblConfig(iterations=1, num_images=12, prompts=90, images="both", keep="images"), cache)
+    for data, side in ((m.data, "anchor"), (m.target_data, "target"), (m.retained, "retain")):
+        ends = torch.tensor([len(getattr(b, side)) for b in m.banks]).cumsum(0)
+        assert torch.bucketize(data.which, ends, right=True).bincount().tolist() == [4, 4, 4], side
+

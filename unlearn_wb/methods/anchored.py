@@ -14,7 +14,7 @@ from ..loop import SCHEDULES, Together
 from ..surgery import GRANULARITIES, RULES, Combiner
 
 # %% auto #0
-__all__ = ['IMAGES', 'KEEPS', 'ADV', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'paint_bank', 'text_states',
+__all__ = ['IMAGES', 'KEEPS', 'ADV', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'in_turn', 'paint_bank', 'text_states',
            'PromptedLatents', 'Noised', 'Anchored', 'try_out']
 
 # %% ../../nbs/methods/anchored.ipynb #c005
@@ -74,11 +74,16 @@ def defaults_for(config,  # the paper's configuration, or a function of the eras
     return defaults
 
 # %% ../../nbs/methods/anchored.ipynb #c009
-def paint_bank(model: Denoiser, prompts: list[str], n: int, seed: int, cache: Cache | None = None, callback=None, **kw):
-    "Latents (n,C,h,w) that the model paints for the prompts in turn, and which prompt each one is of."
-    which = torch.arange(n) % len(prompts)
+def in_turn(sizes: list[int], n: int) -> torch.Tensor:  # (n,)
+    "Places in lists laid end to end: one of each list in turn, so that fewer places than entries still reach every list."
+    starts, k = torch.tensor([0, *sizes]).cumsum(0), torch.arange(n)
+    return starts[k % len(sizes)] + k // len(sizes) % torch.tensor(sizes)[k % len(sizes)]
+
+def paint_bank(model: Denoiser, banks: list[list[str]], n: int, seed: int, cache: Cache | None = None, callback=None, **kw):
+    "Latents (n,C,h,w) that the model paints for prompts of all banks in turn, and which prompt, counted through, each one is of."
+    prompts, which = [p for b in banks for p in b], in_turn([len(b) for b in banks], n)
     paint = lambda: {"latents": sample(model, [prompts[i] for i in which], [seed + i for i in range(n)], decode=False, callback=callback, **kw)}
-    key = ["bank", model.base_hash, list(prompts), n, seed, kw]
+    key = ["bank", model.base_hash, prompts, n, seed, kw] + ([[len(b) for b in banks]] if len(banks) > 1 else [])
     return (cache.get(key, paint) if cache else paint())["latents"], which
 
 def text_states(model: Denoiser, prompts: list[str], cache: Cache | None = None) -> torch.Tensor:
@@ -87,11 +92,11 @@ def text_states(model: Denoiser, prompts: list[str], cache: Cache | None = None)
     return (cache.get(["states", model.base_hash, list(prompts)], make) if cache else make())["states"].to(model.device)
 
 class PromptedLatents:
-    "Latents with the prompts they were painted for."
-    def __init__(self, model, prompts, n, seed, cache=None, callback=None, **kw):
-        self.latents, self.which = paint_bank(model, prompts, n, seed, cache, callback, **kw)
+    "Latents with the prompts they were painted for; several concepts' prompts take turns."
+    def __init__(self, model, banks, n, seed, cache=None, callback=None, **kw):
+        self.latents, self.which = paint_bank(model, banks, n, seed, cache, callback, **kw)
         self.latents = self.latents.to(model.device)
-        self.states = text_states(model, list(prompts), cache)  # (P,L,D)
+        self.states = text_states(model, [p for b in banks for p in b], cache)  # (P,L,D)
 
 @dataclass
 class Noised:
@@ -101,7 +106,7 @@ class Noised:
     z: torch.Tensor | None = None  # what D saw of the target side
     which: torch.Tensor | None = None  # number of each prompt in its bank
 
-# %% ../../nbs/methods/anchored.ipynb #c011
+# %% ../../nbs/methods/anchored.ipynb #c012
 class Anchored:
     "A gradient method on pairs of target and anchor prompts; a subclass says what the pull is."
     name = "anchored"
@@ -130,13 +135,14 @@ class Anchored:
         self.moved = self.moving()
         self.params = self.moved.params
         self.banks = self.make_banks()
-        target, anchor, retain = ([p for b in self.banks for p in getattr(b, side)] for side in ("target", "anchor", "retain"))
+        sides = {side: [list(getattr(b, side)) for b in self.banks if len(getattr(b, side))] for side in ("target", "anchor", "retain")}
+        target, anchor, retain = ([p for b in sides[side] for p in b] for side in sides)
         self.cut = sum(check_prompts(model, b.target, e.target) for b, e in zip(self.banks, erasures))
         n, paint, wanted = config.num_images, dict(cache=cache, callback=callback, precision=config.precision), config.images
         self.target_states, self.null = text_states(model, target, cache), text_states(model, [""], cache)
-        self.data = PromptedLatents(model, anchor, n, config.seed, **paint) if wanted in ("anchor", "both") or config.keep in ("images", "drift") else None
-        self.retained = PromptedLatents(model, retain, n, config.seed + 1, **paint) if retain and config.keep in ("images", "drift") else None
-        self.target_data = PromptedLatents(model, target, n, config.seed + 2, **paint) if wanted in ("both", "target") else None
+        self.data = PromptedLatents(model, sides["anchor"], n, config.seed, **paint) if wanted in ("anchor", "both") or config.keep in ("images", "drift") else None
+        self.retained = PromptedLatents(model, sides["retain"], n, config.seed + 1, **paint) if retain and config.keep in ("images", "drift") else None
+        self.target_data = PromptedLatents(model, sides["target"], n, config.seed + 2, **paint) if wanted in ("both", "target") else None
         self.anchor_states = self.null.expand(len(anchor), -1, -1) if config.anchors == "nothing" else self.data.states if self.data else text_states(model, anchor, cache)
         self.adversary = None
         if config.anchors == "adversarial":
@@ -227,7 +233,7 @@ class Anchored:
     def load_state(self, saved: dict[str, torch.Tensor]):
         if self.adversary: self.adversary.load_state(saved)
 
-# %% ../../nbs/methods/anchored.ipynb #c013
+# %% ../../nbs/methods/anchored.ipynb #c014
 def try_out(make, config, concept: str = "van gogh", steps: int = 40):
     "Train a method for a few steps on the sandbox. Returns the method, its trace (a DataFrame) and a before/after figure."
     import pandas as pd
