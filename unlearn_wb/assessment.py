@@ -69,7 +69,7 @@ class Assessment:
         for m in self.metrics: choose("metric", m, METRICS)
         device = resolve_device(p["device"], p["precision"])
         check_processes(p.get("num_processes", 1), device)
-        whats = [str(local_copy(w.strip())) for w in p["run"].split(",") if w.strip()]
+        self.whats = whats = [str(local_copy(w.strip())) for w in p["run"].split(",") if w.strip()]
         if not whats: raise BadRun("run is empty; name a run folder, such as runs/demo")
         config = next((json.loads((Path(w) / "config.json").read_text()) for w in whats if (Path(w) / "config.json").exists() and not (Path(w) / "model_index.json").exists()), None)
         base = Denoiser.load(p["base_model"] or (config or {}).get("base_model") or "sandbox", device=device)
@@ -113,7 +113,7 @@ class Assessment:
 
     def measure(self):
         "Paint, score, compute; write per-prompt results and metrics. The long table."
-        self.evaluation.paint_in(self.p.get("num_processes", 1), {"evaluate": self.p}, self.out, Progress)
+        self.evaluation.paint_in(self.p.get("num_processes", 1), {"evaluate": self.p | {"run": ",".join(self.whats), "out_dir": str(self.out)}}, self.out, Progress)
         for name in self.evaluation.galleries: self.evaluation.look(name, Progress(f"painting and scoring, {name}"))
         rows = self.evaluation.judged()
         _whole(rows.to_parquet, self.out / "prompts.parquet"), _whole(lambda f: rows.to_csv(f, index=False), self.out / "prompts.csv")

@@ -41,7 +41,9 @@ def blank(size: str,  # of `SIZES`
             config = CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=77, vocab_size=49408, projection_dim=projection or width,
                                     bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
             parts["text_encoder" if not k else f"text_encoder_{k + 1}"] = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
-    if flow: return Denoiser.of(diffusers.StableDiffusion3Pipeline(tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.), **parts), size)
-    scheduler = diffusers.DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=predicts)
-    if len(texts) > 1: return Denoiser(diffusers.StableDiffusionXLPipeline(tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, add_watermarker=False, **parts), size)
-    return Denoiser(diffusers.StableDiffusionPipeline(tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts), size)
+    both = dict(tokenizer_2=tokenizer) if len(texts) > 1 else {}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.) if flow else diffusers.DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=predicts)
+    if flow: pipe = diffusers.StableDiffusion3Pipeline(tokenizer=tokenizer, text_encoder_3=None, tokenizer_3=None, scheduler=scheduler, **both, **parts)
+    elif both: pipe = diffusers.StableDiffusionXLPipeline(tokenizer=tokenizer, scheduler=scheduler, add_watermarker=False, **both, **parts)
+    else: pipe = diffusers.StableDiffusionPipeline(tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts)
+    return Denoiser.of(pipe, size)

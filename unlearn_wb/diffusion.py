@@ -13,8 +13,9 @@ import unlearn_wb
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'BadModel',
-           'default_precision', 'resolve_device', 'resolve_model', 'quiet_loading', 'why_not_loaded', 'Denoiser',
-           'denoise', 'starting_noise', 'sample', 'embed_each', 'FlowDenoiser', 'attention_maps']
+           'default_precision', 'resolve_device', 'resolve_model', 'quiet_loading', 'why_not_loaded',
+           'need_cross_attention', 'Denoiser', 'denoise', 'starting_noise', 'sample', 'embed_each', 'FlowDenoiser',
+           'attention_maps']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -134,6 +135,10 @@ def why_not_loaded(name: str, error: Exception) -> str:
     if of(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError): return f"base model '{name}' is not on this machine and the hub cannot be reached; where there is a network, run `hf download {name} --local-dir {str(name).split('/')[-1]}`, bring that folder here and give it as base_model"
     return f"base model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}; a directory needs model_index.json and the safetensors of every part"
 
+def need_cross_attention(model, who: str):
+    "Raises `BadModel` where words do not enter by cross-attention."
+    if not model.cross_attention: raise BadModel(f"{who} works on cross-attention, and '{model.name}' attends to words and places together; do without it there: doco, esd, conabl and others need none")
+
 class Denoiser:
     "A Stable Diffusion pipeline as the function eps(x_t, t, c): this class and its child alone know the pipeline's own interface."
     part = "unet"  # the pipeline's name of the denoising network
@@ -162,7 +167,10 @@ class Denoiser:
     @classmethod
     def of(cls, pipe, name: str = "", folder: Path | None = None) -> "Denoiser":
         "The door that a pipeline needs."
-        return (FlowDenoiser if hasattr(pipe, "transformer") else Denoiser)(pipe, name, folder)
+        return cls.door(pipe)(pipe, name, folder)
+
+    @staticmethod
+    def door(pipe) -> type: return FlowDenoiser if hasattr(pipe, FlowDenoiser.part) else Denoiser
 
     @classmethod
     def load(cls, name: str = "sandbox",  # "sandbox", a diffusers directory or a hub id
@@ -180,7 +188,7 @@ class Denoiser:
                 if kind == "StableDiffusion3Pipeline" and Path(where).is_dir() and not (Path(where) / "text_encoder_3").is_dir(): plain = dict(text_encoder_3=None, tokenizer_3=None)  # its T5 may be left out
                 pipe = getattr(diffusers, kind).from_pretrained(where, use_safetensors=True, dtype=dtype, **plain)
                 if unet:
-                    part = "unet" if hasattr(pipe, "unet") else "transformer"
+                    part = cls.door(pipe).part
                     setattr(pipe, part, type(getattr(pipe, part)).from_pretrained(unet, use_safetensors=True, dtype=dtype))
         except (OSError, ValueError) as e: raise BadModel(why_not_loaded(name, e)) from e
         return cls.of(pipe.to(device), str(name), Path(where) if Path(where).is_dir() else None)
@@ -380,7 +388,7 @@ class FlowDenoiser(Denoiser):
 def attention_maps(model: Denoiser):
     "Within this block every call of the denoiser fills the yielded dict: layer -> cross-attention probabilities (B, heads, places, tokens), with their graph."
     from diffusers.models.attention_processor import AttnProcessor
-    if not model.cross_attention: raise BadModel(f"'{model.name}' attends to words and places together; maps of words to places exist for models with cross-attention")
+    need_cross_attention(model, "a map of words to places")
     maps, before = {}, model.unet.attn_processors
     class Keep(AttnProcessor):
         def __init__(self, name): super().__init__(); self.name = name

@@ -287,10 +287,11 @@ class Evaluation:
     def paint_in(self, n: int, what: dict, folder: Path, progress):
         "Let n processes paint what the cache lacks; see `launch` for `what`."
         units = self._units()
-        bar, total, painted = progress(f"painting in {n} processes"), sum(len(part) for _, part in units), lambda: sum(len(part) for g, part in units if g.cache.where(g.where(part)).exists())
-        if n > 1 and painted() < total:
-            launch(what, folder, n, lambda: bar(min(painted(), total - 1), total))
-            bar(total, total)
+        total, painted = sum(len(part) for _, part in units), lambda: sum(len(part) for g, part in units if g.cache.where(g.where(part)).exists())
+        if n == 1 or painted() == total: return
+        bar = progress(f"painting in {n} processes")
+        launch(what, folder, n, lambda: bar(min(painted(), total - 1), total))
+        bar(total, total)
 
     def look(self, name: str, callback=None) -> dict:
         "Paint and score what is not there yet; the original first."

@@ -15,27 +15,30 @@ __all__ = ['devices', 'check_processes', 'launch', 'Mute', 'read_spec', 'main']
 # %% ../nbs/lib/20_launch.ipynb #c004
 def devices(device: str) -> int:
     "How many processes a machine has places for: its GPUs, or its cores."
-    return torch.cuda.device_count() if device.startswith("cuda") or (not device and torch.cuda.is_available()) else os.cpu_count() or 1
+    return torch.cuda.device_count() if device.startswith("cuda") else os.cpu_count() or 1
 
 def check_processes(n: int, device: str):
     "Raises `BadParameter` when there are more processes than places."
     if n < 1: raise BadParameter(f"num_processes = {n}; at least 1 is needed")
-    if n > devices(device): raise BadParameter(f"num_processes = {n}, and this machine has {devices(device)} {'GPUs' if device.startswith('cuda') or torch.cuda.is_available() else 'cores'}; take at most that many")
+    if n > devices(device): raise BadParameter(f"num_processes = {n}, and this machine has {devices(device)} {'GPUs' if device.startswith('cuda') else 'cores'}; take at most that many")
 
 def launch(what: dict,  # {"method", "p"} trains, with "examine" it paints the examination; {"evaluate": p} paints an evaluation
            folder: Path, n: int, callback=None):
     "Do it in n processes; what they leave in the folder is the result. Raises `RuntimeError` with the sentence that a process died of."
     from unlearn_wb.runs import Interrupted, leave_on_sigterm
-    name = "launch" if set(what) == {"method", "p"} else "launch-paint"
+    name = "launch-paint" if "examine" in what or "evaluate" in what else "launch"
     spec, log = folder / f"{name}.json", folder / f"{name}.log"
     write_json(spec, what)
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n)), "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])}
     with open(log, "w") as out, leave_on_sigterm() as stop:
         process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "-m", "unlearn_wb.launch", str(spec)], env=env, stdout=out, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            time.sleep(.2)
-            if callback: callback()
-            if stop.requested: process.terminate()
+        try:
+            while process.poll() is None:
+                time.sleep(.2)
+                if callback: callback()
+                if stop.requested: process.terminate()
+        finally:
+            if process.poll() is None: process.terminate(), process.wait()  # whatever ended the waiting
     if stop.requested: raise Interrupted("asked to leave while several processes worked; everything is saved, the same command with -p resume True goes on")
     if process.returncode:
         said = [l.split("]: ")[-1].strip() for l in log.read_text().splitlines() if "Error: " in l and "torch.distributed" not in l and "ChildFailedError" not in l]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from .concepts import nearest_name
 from .diffusion import quiet_loading
-from .stores import Mirror, is_url, local_copy, needs_room, room, slug
+from .stores import BadStore, Mirror, is_url, local_copy, needs_room, room, slug
 
 # %% auto #0
 __all__ = ['FREE', 'BadParameter', 'read_parameters', 'BadRun', 'write_json', 'versions', 'Run', 'Interrupted', 'Stop',
@@ -82,7 +82,7 @@ class Run:
             while not mine and Path(run_dir).exists(): run_dir, n = f"{home}/{name}-{n}", n + 1
             if mine: run_dir = mine[-1]
         mirror = Mirror(run_dir, home) if is_url(run_dir) else None
-        run = cls(mirror.fetch() if mirror else run_dir, mirror)
+        run = cls(mirror.enter() if mirror else run_dir, mirror)
         if run.folder.is_file(): raise BadRun(f"run_dir '{run_dir}' is a file; give a folder")
         if (run.folder / "config.json").exists():
             different = run.differences(config)
@@ -91,12 +91,16 @@ class Run:
         else:
             run.folder.mkdir(parents=True, exist_ok=True)
             with room(run.folder): write_json(run.folder / "config.json", config)
-        run.send()
+        run.send(insist=True)
         return run
 
-    def send(self):
-        "Bring the copy elsewhere, where there is one, up to date."
-        if self.mirror: self.mirror.send()
+    def send(self, insist: bool = False):
+        "Bring the copy elsewhere, where there is one, up to date. A connection that breaks is reported, and the next call sends what is missing; with `insist` it raises `BadStore`."
+        try:
+            if self.mirror: self.mirror.send(insist)
+        except BadStore as e:
+            if insist: raise
+            print(e, flush=True)
 
     @property
     def config(self) -> dict: return json.loads((self.folder / "config.json").read_text())

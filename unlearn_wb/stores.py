@@ -4,7 +4,7 @@
 
 # %% ../nbs/lib/08_stores.ipynb #c002
 from __future__ import annotations
-import errno, hashlib, re
+import errno, hashlib, re, shutil
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -24,6 +24,8 @@ def is_url(where) -> bool:
     "Whether this is an address, such as s3://bucket/run, and no path."
     return "://" in str(where)
 
+def _manifests_last(name: str): return name.endswith("manifest.json"), name
+
 class Mirror:
     "A folder here and its copy at an address. Raises `BadStore`."
     def __init__(self, url: str,
@@ -34,29 +36,44 @@ class Mirror:
         try: self.fs, self.there = url_to_fs(self.url)
         except ImportError as e: raise BadStore(f"'{url}' needs a package that is not installed: {str(e).strip()}") from e
         except ValueError as e: raise BadStore(f"'{url}' is no address that fsspec knows ({str(e).strip()}); such as s3://bucket/run, gs://bucket/run or file:///mnt/run") from e
-        self.sent = {}
+        self.sent, self.tried = {}, None
 
     def _files(self) -> dict[str, tuple]:
         "What belongs to the copy: path -> (time, size)."
         inside = lambda f: not any(p in ("cache", "evaluation") or p.startswith(".") for p in f.relative_to(self.here).parts) and f.suffix != ".part"
         return {f.relative_to(self.here).as_posix(): (f.stat().st_mtime_ns, f.stat().st_size) for f in self.here.rglob("*") if f.is_file() and inside(f)}
 
-    def fetch(self) -> Path:
-        "Make the folder here what lies there; painted images and evaluations are kept. The folder."
+    @staticmethod
+    def progress(names) -> tuple:
+        "How far a run with these files is: (finished, stage, step), to be compared."
+        steps = [(int(m[1] or 0), int(m[2])) for m in (re.fullmatch(r"(?:stages/(\d+)-[^/]*/)?checkpoints/step-(\d+)/manifest\.json", n) for n in names) if m]
+        return ("report.json" in names, *max(steps, default=(0, 0)))
+
+    def enter(self) -> Path:
+        "Make the folder here what lies there, unless the folder here is further: then what the last connection lost is kept, for `send`. Painted images and evaluations stay. The folder."
         found = self._ask(lambda: self.fs.find(self.there) if self.fs.exists(self.there) else [])
         root = self.fs._strip_protocol(self.there).rstrip("/")
-        for name in self._files(): (self.here / name).unlink()
-        for path in found:
-            to = self.here / path[len(root):].lstrip("/")
-            to.parent.mkdir(parents=True, exist_ok=True)
-            self._ask(lambda: self.fs.get_file(path, str(to)))
+        there, here = {path[len(root):].lstrip("/"): path for path in found}, self._files()
+        if here and (not there or self.progress(here) > self.progress(there)): return self.here
+        coming = self.here / ".coming"  # all of it arrives before anything changes
+        shutil.rmtree(coming, ignore_errors=True)
+        for name, path in there.items():
+            (coming / name).parent.mkdir(parents=True, exist_ok=True)
+            self._ask(lambda: self.fs.get_file(path, str(coming / name)))
+        for name in sorted(set(here) - set(there)): (self.here / name).unlink()
+        for name in sorted(there, key=_manifests_last):
+            (self.here / name).parent.mkdir(parents=True, exist_ok=True)
+            (coming / name).replace(self.here / name)
+        shutil.rmtree(coming, ignore_errors=True)
         self.sent = self._files()
         return self.here
 
-    def send(self):
+    def send(self, insist: bool = False):  # try again what failed before, though nothing changed since
         "Send what is new or changed, a checkpoint's manifest last; then remove there what is gone here."
         now = self._files()
-        for name in sorted((n for n, v in now.items() if self.sent.get(n) != v), key=lambda n: (n.endswith("manifest.json"), n)):
+        if now == self.tried and not insist: return
+        self.tried = now
+        for name in sorted((n for n, v in now.items() if self.sent.get(n) != v), key=_manifests_last):
             to = f"{self.there}/{name}"
             self._ask(lambda: (self.fs.makedirs(to.rsplit("/", 1)[0], exist_ok=True), self.fs.put_file(str(self.here / name), to)))
             self.sent[name] = now[name]
@@ -70,7 +87,7 @@ class Mirror:
 
 def local_copy(what: str | Path, home: str | Path = "runs") -> Path:
     "A path as it is; of an address, the folder it was fetched into. Raises `BadStore`."
-    return Mirror(what, home).fetch() if is_url(what) else Path(what).expanduser()
+    return Mirror(what, home).enter() if is_url(what) else Path(what).expanduser()
 
 # %% ../nbs/lib/08_stores.ipynb #c010
 class DiskFull(OSError): "Nothing could be written any more, and what was there before stands."

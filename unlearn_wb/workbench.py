@@ -271,7 +271,7 @@ class Experiment:
         if own and own.exists(): (self.run.folder / "model" / "vocabulary.json").write_text(own.read_text())
         write_json(self.run.folder / "report.json", out)
         (self.run.folder / "report.html").write_text(self._page(out))
-        self.run.send()
+        self.run.send(insist=True)
         if self.p.get("push_to_hub"): print(push(self.run.folder / "model", self.p["push_to_hub"]))
         return out
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
-from ..diffusion import PRECISIONS, Denoiser, add_noise, denoise, embed_each, sample, seeded
+from ..diffusion import PRECISIONS, Denoiser, add_noise, denoise, embed_each, need_cross_attention, sample, seeded
 from ..scopes import ADAPTED, SCOPES, Adapters, Moved, choose
 from ..loop import SCHEDULES, Together
 from ..surgery import GRANULARITIES, RULES, Combiner
@@ -48,7 +48,7 @@ class MethodConfig:
     precision: str = "fp32"  # fp32, or bf16 or fp16 autocast
     micro_batch: int = 0  # images that go through at once; 0 for the whole batch
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    compile: bool = False  # translate the denoiser for this machine first (torch.compile): a slow first step, faster ones after it on a GPU
+    compile: bool = False  # translate the denoiser for this machine first (torch.compile): a slow first step, faster ones after it
     seed: int = 0  # of everything random
 
 IMAGES = {"anchor": "DoCo, ConAbl", "target": "noised images of the target", "both": "half and half", "sampled": "ESD, SDD: the moving model's own sampling path, guidance 3"}
@@ -123,7 +123,7 @@ class Anchored:
             if what != "combiner": choose(what, getattr(config, what), table)  # a combiner can be one of torchjd's
         if config.warmup and not hasattr(self, "warm_up"): raise ValueError(f"{self.name} has no discriminator and so no warm-up; leave warmup at 0")
         if config.anchors != "prompt" and not self.takes_anchor: raise ValueError(f"anchors = {config.anchors}; {self.name} pulls to no anchor: leave it at prompt")
-        if (self.reads_attention or config.detach_start) and not model.cross_attention: raise ValueError(f"{self.name if self.reads_attention else 'detach_start'} works on cross-attention, and '{model.name}' attends to words and places together; " + ("take a method that does not, such as doco, esd or conabl" if self.reads_attention else "leave it at false"))
+        if self.reads_attention or config.detach_start: need_cross_attention(model, self.name if self.reads_attention else "detach_start")
         self.combiner = Combiner(config.combiner, config.granularity, config.lam, config.weight)
         if config.keep == "none" and config.combiner not in RULES: raise ValueError(f"combiner {config.combiner} weighs two gradients, and keep = none gives one; choose another keep, or combiner sum")
         self.model, self.config, self.erasures, self.together = model, config, erasures, Together()

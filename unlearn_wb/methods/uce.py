@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
-from ..diffusion import Denoiser, embed_each
+from ..diffusion import Denoiser, embed_each, need_cross_attention
 from .anchored import defaults_for
 from ..scopes import Moved, choose
 
@@ -46,7 +46,7 @@ class UCE:
     choices = {"tokens": {"last": "the concept's last token", "tail": "all positions from it on"}, "scope": {"xattn-kv": "keys and values"}, "anchors": {"anchor": "its own", "nothing": "the empty text"}}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: UCEConfig, cache: Cache | None = None, callback=None):
         for what, table in self.choices.items(): choose(what, getattr(config, what), table)
-        if not model.cross_attention: raise ValueError(f"UCE works on cross-attention, and '{model.name}' attends to words and places together; take a method that does not, such as doco, esd or conabl")
+        need_cross_attention(model, "UCE")
         self.model, self.erasures, self.config = model, erasures, config
         self.moved = Moved(model.unet, config.scope)
         self.params, self.cut = self.moved.params, 0
