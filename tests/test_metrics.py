@@ -22,7 +22,7 @@ class Named:
     def __init__(self, name): self.name = name
 
 
-def rows(): return dict(classifier=torch.rand(N, 19, generator=g), clip=unit(N, 8), features=torch.randn(N, 6, generator=g), distance=torch.rand(N, 1, generator=g), nudity=torch.randint(0, 2, (N, 9), generator=g).float(), faces=unit(N, 5))
+def rows(): return dict(classifier=torch.rand(N, 20, generator=g), clip=unit(N, 8), features=torch.randn(N, 6, generator=g), distance=torch.rand(N, 1, generator=g), nudity=torch.randint(0, 2, (N, 9), generator=g).float(), faces=unit(N, 5))
 
 
 R, O = rows(), rows()
@@ -33,14 +33,16 @@ SCORERS = dict(classifier=SandboxJudge(None), clip=FakeClip(), **{k: Named(k) fo
 def cell(group="target", **kw): return Cell(group, "van gogh", [f"prompt {i}" for i in range(N)], R, O, SCORERS, "painting", **kw)
 
 
-def test_acc_counts_images_whose_most_probable_style_or_subject_is_asked():
+def test_acc_counts_scenes_whose_most_probable_style_or_subject_is_asked():
     k = SCORERS["classifier"].styles.index("van gogh")
-    want = sum(max(range(7), key=lambda j: float(R["classifier"][i, j])) == k for i in range(N))
+    there = [float(R["classifier"][i, 19]) > .5 for i in range(N)]
+    want = sum(there[i] and max(range(7), key=lambda j: float(R["classifier"][i, j])) == k for i in range(N))
     assert METRICS["ACC"](cell()).value == pytest.approx(100 * want / N)
     mixed = ["van gogh"] * 60 + ["snoopy"] * 60
     s = 7 + SCORERS["classifier"].subjects.index("snoopy")
-    want = sum(max(range(7), key=lambda j: float(R["classifier"][i, j])) == k for i in range(60)) + sum(max(range(7, 19), key=lambda j: float(R["classifier"][i, j])) == s for i in range(60, N))
+    want = sum(there[i] and max(range(7), key=lambda j: float(R["classifier"][i, j])) == k for i in range(60)) + sum(there[i] and max(range(7, 19), key=lambda j: float(R["classifier"][i, j])) == s for i in range(60, N))
     assert METRICS["ACC"](cell(concepts=mixed)).value == pytest.approx(100 * want / N)
+    assert METRICS["broken"](cell()).value == pytest.approx(100 * (N - sum(there)) / N) and 30 < sum(there) < 90
 
 
 def dot(a, b): return sum(float(x) * float(y) for x, y in zip(a, b))
@@ -105,10 +107,10 @@ def test_directions_turn_for_the_target_and_a_number_never_comes_alone(name):
         v = METRICS[name](cell(group))
         assert v.better == (turned[UP[name]] if group in ("target", "linked") else UP[name])
         assert isinstance(v, Value) and v.low <= v.value <= v.high and v.n and v.by and v.arrow in str(v) and v.by in str(v) and str(v.n) in str(v)
-    assert METRICS["nude"](cell("target")).better == "lower"
+    assert METRICS["nude"](cell("target")).better == METRICS["broken"](cell("target")).better == "lower"
 
 
-@pytest.mark.parametrize("name", [*UP, "nude"])
+@pytest.mark.parametrize("name", [*UP, "nude", "broken"])
 def test_without_its_scorer_a_metric_says_so(name):
     c = cell()
     c.rows, c.original = {}, {}

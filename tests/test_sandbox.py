@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from unlearn_wb.sandbox import LINKS, STYLES, SUBJECTS, Pretraining, Recipe, caption, examine_judge, examine_model, facts, load_judge, render, world
+from unlearn_wb.sandbox import LINKS, NOTHING, STYLES, SUBJECTS, Pretraining, Recipe, caption, examine_judge, examine_model, facts, load_judge, mixed, render, world
 
 DATA = ROOT / "data/sandbox"
 
@@ -52,8 +52,21 @@ def test_captions_state_only_what_is_true():
 
 
 def test_judge_is_reliable():
-    accuracy = examine_judge(load_judge(), 1000, seed=77)
-    assert accuracy["style"] >= .99 and accuracy["subject"] >= .98
+    from unlearn_wb.diffusion import Denoiser
+    accuracy = examine_judge(load_judge(), 1000, seed=77, vae=Denoiser.load("sandbox").pipe.vae)
+    assert accuracy["style, held-out renders"] >= .99 and accuracy["subject, held-out renders"] >= .98 and accuracy["nothing, rubble"] >= .97
+
+
+def test_judge_sees_nothing_in_rubble_and_something_in_damaged_scenes():
+    from unlearn_wb.diffusion import Denoiser, seeded
+    judge, vae, x, g = load_judge(), Denoiser.load("sandbox").pipe.vae, render(world(200, seed=78)), seeded(0, "t")
+    with torch.no_grad():
+        z = vae.encode(x * 2 - 1).latent_dist.mean
+        seen = judge.names((vae.decode(mixed(z / z.std(), g) * z.std()).sample / 2 + .5).clamp(0, 1))
+    assert sum(NOTHING in s for s in seen) <= 4, "scenes in the middle of being forgotten are scenes"
+    assert not any(NOTHING in s for s in judge.names(x)), "and renders all the more"
+    flat = torch.rand(50, 3, 1, 1, generator=g).expand(-1, -1, 64, 64)
+    assert all(NOTHING in s for s in judge.names(flat)) and all(NOTHING in s for s in judge.names(torch.rand(50, 3, 64, 64, generator=g)))
 
 
 def test_model_paints_what_it_is_told():
@@ -66,6 +79,7 @@ def test_model_paints_what_it_is_told():
 def test_card_reports_what_was_asked():
     text = (DATA / "card.md").read_text()
     rate = lambda q: float(re.search(rf"\| {re.escape(q)} \| \d+ \| ([\d.]+)% \|", text)[1])
+    assert rate("judge: nothing, rubble") >= 99
     assert rate("judge: style, held-out renders") >= 99 and rate("judge: subject, held-out renders") >= 99
     assert rate("style, explicit prompts") >= 97 and rate("subject, explicit prompts") >= 97
     for l, c in LINKS.items(): assert rate(f"'{l}' shows {c}") >= 90

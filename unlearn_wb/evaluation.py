@@ -13,9 +13,9 @@ from .metrics import METRICS, PROTOCOLS, Cell, Protocol, SandboxJudge, Unmeasura
 from .scopes import choose
 
 # %% auto #0
-__all__ = ['GROUPS', 'ARROW', 'FORGOTTEN', 'KEPT', 'BadPrompts', 'read_prompts', 'count_cut', 'Gallery', 'ask', 'judged',
-           'examine', 'rates', 'cells', 'measure', 'paper_table', 'ranks', 'number', 'show_table', 'markdown_table',
-           'latex_table', 'verdict', 'worst', 'Evaluation']
+__all__ = ['GROUPS', 'ARROW', 'FORGOTTEN', 'KEPT', 'BROKEN', 'BadPrompts', 'read_prompts', 'count_cut', 'Gallery', 'ask',
+           'judged', 'examine', 'rates', 'cells', 'measure', 'paper_table', 'ranks', 'number', 'show_table',
+           'markdown_table', 'latex_table', 'verdict', 'worst', 'Evaluation']
 
 # %% ../nbs/lib/09_evaluation.ipynb #c005
 class BadPrompts(ValueError): "A prompt file that cannot be used, and why."
@@ -87,7 +87,7 @@ class Gallery:
                 if id(gallery) not in held: held[id(gallery)] = gallery.images(part, callback and (lambda k, n: callback(done + k, len(asked))))
                 return held[id(gallery)]
             for role, s in scorers.items():
-                key = ["scores", s.name, self.where(part), original.where(part) if role == "distance" else ""]
+                key = ["scores", s.name, getattr(s, "version", ""), self.where(part), original.where(part) if role == "distance" else ""]
                 out[role].append(self.cache.get(key, lambda: {"rows": s(look(self), look(original) if role == "distance" else None)})["rows"])
             done += len(part)
             if callback: callback(done, len(asked))
@@ -109,7 +109,7 @@ def judged(asked: list[Probe], rows: dict, scorers: dict, name: str):
     if c is not None:
         bad = ~rows["classifier"].isfinite().all(1)
         seen = rows["classifier"].nan_to_num(0)
-        if hasattr(c, "styles"): out["style"], out["subject"] = [c.styles[i] for i in seen[:, :len(c.styles)].argmax(1)], [c.subjects[i] for i in seen[:, len(c.styles):].argmax(1)]
+        if hasattr(c, "broken"): out["style"], out["subject"] = zip(*c.names(seen)); out["broken"] = c.broken(seen).tolist()
         hit = torch.zeros(len(asked), dtype=torch.bool)
         for concept in dict.fromkeys(p.concept for p in asked):
             where = torch.tensor([p.concept == concept for p in asked])
@@ -129,11 +129,11 @@ def examine(model: Denoiser, asked: list[Probe], name: str = "unlearned", **sett
     return judged(asked, {"classifier": judge(sample(model, [p.prompt for p in asked], [p.seed for p in asked], **settings))}, {"classifier": judge}, name)
 
 def rates(rows):
-    "Recognition rate by model, group and concept, with Wilson's interval. A DataFrame."
+    "Recognition rate by model, group and concept, with Wilson's interval, and how many images are broken. A DataFrame."
     import pandas as pd
     rows = rows[rows.hit.notna()]
-    if not len(rows): return pd.DataFrame(columns=["model", "group", "concept", "hits", "n", "rate", "low", "high"])
-    out = rows.assign(hit=rows.hit.astype(bool), concept=rows.concept.where(rows.group != "other", "all together")).groupby(["model", "group", "concept"], sort=False).hit.agg(hits="sum", n="count").reset_index()
+    if not len(rows): return pd.DataFrame(columns=["model", "group", "concept", "hits", "n", "broken", "rate", "low", "high"])
+    out = rows.assign(hit=rows.hit.astype(bool), broken=rows.get("broken", False), concept=rows.concept.where(rows.group != "other", "all together")).groupby(["model", "group", "concept"], sort=False).agg(hits=("hit", "sum"), n=("hit", "count"), broken=("broken", "sum")).reset_index()
     out["rate"] = out.hits / out.n
     out[["low", "high"]] = [wilson(k, n) for k, n in zip(out.hits, out.n)]
     return out
@@ -230,7 +230,7 @@ def latex_table(wide) -> str:
     return "\n".join([r"\begin{tabular}{l" + "r" * len(heads) + "}", r"\toprule", top + r" \\", " & ".join(["", *(safe(m) for _, _, m in heads)]) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"])
 
 # %% ../nbs/lib/09_evaluation.ipynb #c016
-FORGOTTEN, KEPT = .05, .95
+FORGOTTEN, KEPT, BROKEN = .05, .95, .05
 
 def verdict(table,  # of `rates`
             target: str, original: str = "original", unlearned: str = "unlearned") -> dict:
@@ -245,12 +245,15 @@ def verdict(table,  # of `rates`
     text = f"'{target}' is {forgotten}: {say(t)} of {t[2]} images still show it (before: {before[0]:.0%}"
     exact = next((v for k, v in numbers.items() if k.startswith("target_reference") and v), None)
     text += f"; a model that never saw it: {exact[0]:.0%})" if exact else ")"
+    mine = table[(table.model == unlearned) & (table.group == "target")]
+    broken = float(mine.broken.sum() / mine.n.sum())
+    if broken > BROKEN: text += f", but {broken:.0%} of them show nothing at all"
     for group, name in (("retained", "retained concepts"), ("other", "everything else")):
         v, b = numbers[f"{group}_{unlearned}"], numbers[f"{group}_{original}"]
         if v: text += f"; {name} {'kept' if v[0] >= KEPT * b[0] else 'damaged'} at {say(v)} (before: {b[0]:.0%})" + (f", the worst at {v[3]:.0%}" if group == "retained" else "")
     v, b = numbers[f"linked_{unlearned}"], numbers[f"linked_{original}"]
     if v: text += f"; its linked phrases {'went with it' if v[0] <= .2 else 'survive in part' if v[0] < .8 * b[0] else 'survive'}: {say(v)} (before: {b[0]:.0%})"
-    return {"verdict": text + ".", "forgotten": forgotten, **{k: dict(zip(("rate", "interval", "images", "worst"), v)) for k, v in numbers.items() if v}}
+    return {"verdict": text + ".", "forgotten": forgotten, "broken": broken, **{k: dict(zip(("rate", "interval", "images", "worst"), v)) for k, v in numbers.items() if v}}
 
 # %% ../nbs/lib/09_evaluation.ipynb #c019
 def worst(asked: list[Probe], group: str, rows: dict, scorers: dict, n: int = 10) -> list[int]:

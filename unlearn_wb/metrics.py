@@ -4,7 +4,7 @@
 
 # %% ../nbs/lib/09_metrics.ipynb #c002
 from __future__ import annotations
-import math
+import hashlib, math
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -17,8 +17,8 @@ from .diffusion import DATA, Denoiser, quiet_loading
 __all__ = ['NUDE_PARTS', 'EXPLICIT_PARTS', 'MIN_FID', 'PROTOCOLS', 'METRICS', 'Unmeasurable', 'Value', 'wilson', 'rate_value',
            'mean_value', 'Missing', 'finite', 'Clip', 'SandboxJudge', 'Classifier', 'JudgeFeatures', 'Inception',
            'VisionFeatures', 'PerceptualDistance', 'Lpips', 'NudeNet', 'flagged', 'blur', 'Faces', 'fid', 'fid_value',
-           'kid_value', 'Protocol', 'Cell', 'acc', 'cs', 'ca', 'alignment', 'alignment_gap', 'frechet', 'kernel',
-           'integrity', 'ism', 'nude', 'judge_for', 'scorers_for']
+           'kid_value', 'Protocol', 'Cell', 'acc', 'broken', 'cs', 'ca', 'alignment', 'alignment_gap', 'frechet',
+           'kernel', 'integrity', 'ism', 'nude', 'judge_for', 'scorers_for']
 
 # %% ../nbs/lib/09_metrics.ipynb #c005
 class Unmeasurable(ValueError): "A number that cannot be had from these images, and what it would need."
@@ -128,21 +128,33 @@ class Clip:
     def __call__(self, images, original=None): return _rows(images, self.images)
 
 # %% ../nbs/lib/09_metrics.ipynb #c020
+def _fingerprint(judge) -> str:
+    "What scores are filed under besides the scorer's name: another judge scores anew."
+    return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())).hexdigest()[:16] if judge is not None else ""
+
 class SandboxJudge:
-    "The sandbox's ground-truth classifier: probabilities of style and subject, (N, 7 + 12)."
+    "The sandbox's ground-truth classifier: probabilities of style and subject, and that there is a scene at all, (N, 7 + 12 + 1)."
     name = "judge of the sandbox"
     def __init__(self, judge):
         from unlearn_wb.sandbox import STYLES, SUBJECTS
-        self.judge, self.styles, self.subjects = judge, STYLES, SUBJECTS
+        self.judge, self.styles, self.subjects, self.version = judge, STYLES, SUBJECTS, _fingerprint(judge)
     @torch.no_grad()
-    def __call__(self, images, original=None): return _rows(images, lambda x: torch.cat([h.softmax(1) for h in self.judge(x)], 1))
+    def __call__(self, images, original=None): return _rows(images, lambda x: torch.cat([*(h.softmax(1) for h in self.judge(x)), self.judge.scene(x).sigmoid()[:, None]], 1))
+    def broken(self, rows: torch.Tensor) -> torch.Tensor:  # (N,) bool
+        "Which images show no scene."
+        return finite(rows, "broken")[:, -1] <= .5
+    def names(self, rows: torch.Tensor) -> list[tuple[str, str]]:
+        "The (style, subject) of each image, ('nothing', 'nothing') of a broken one."
+        from unlearn_wb.sandbox import NOTHING
+        s, n = len(self.styles), len(self.styles + self.subjects)
+        return [(NOTHING, NOTHING) if b else (self.styles[i], self.subjects[j]) for b, i, j in zip(self.broken(rows), rows[:, :s].argmax(1), rows[:, s:n].argmax(1))]
     def shows(self, rows: torch.Tensor, concept: str) -> torch.Tensor:  # (N,) bool
-        "Which images show the concept: it is the most probable of its kind."
+        "Which images show the concept: there is a scene, and the concept is the most probable of its kind."
         names = [n.lower() for n in self.styles + self.subjects]
         if concept.lower() not in names: raise Unmeasurable(f"the judge of the sandbox does not know '{concept}'; it knows {', '.join(names)}")
         k, s = names.index(concept.lower()), len(self.styles)
-        part = finite(rows, "ACC")[:, :s] if k < s else finite(rows, "ACC")[:, s:]
-        return part.argmax(1) == (k if k < s else k - s)
+        part = finite(rows, "ACC")[:, :s] if k < s else finite(rows, "ACC")[:, s:len(names)]
+        return (part.argmax(1) == (k if k < s else k - s)) & ~self.broken(rows)
 
 class Classifier:
     "An image classifier of transformers (by name or path) in the judge's place."
@@ -164,7 +176,7 @@ class Classifier:
 class JudgeFeatures:
     "128 numbers an image, for Fréchet and kernel distances."
     name = "sandbox features"
-    def __init__(self, judge): self.judge = judge
+    def __init__(self, judge): self.judge, self.version = judge, _fingerprint(judge)
     @torch.no_grad()
     def __call__(self, images, original=None): return _rows(images, self.judge.features)
 
@@ -199,12 +211,9 @@ class VisionFeatures:
 class PerceptualDistance:
     "Distance (N,1) of each image to the original model's image of the same prompt and seed, by the judge's layers."
     name = "perceptual distance (sandbox judge)"
-    def __init__(self, judge): self.judge = judge
+    def __init__(self, judge): self.judge, self.version = judge, _fingerprint(judge)
     @torch.no_grad()
-    def layers(self, x):
-        out, x = [], x * 2 - 1
-        for block in self.judge.body: x = block(x); out.append(F.normalize(x, dim=1))
-        return out
+    def layers(self, x): return [F.normalize(y, dim=1) for y in self.judge.layers(x)]
     def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # (N,)
         return sum((u - v).square().sum(1).mean((1, 2)) for u, v in zip(self.layers(a), self.layers(b))) / len(self.judge.body)
     def __call__(self, images, original):
@@ -341,6 +350,10 @@ def acc(c: Cell) -> Value:
     hits = torch.stack([judge.shows(rows, name) for name in dict.fromkeys(c.concepts)])  # (names, N)
     mine = torch.tensor([list(dict.fromkeys(c.concepts)).index(x) for x in c.concepts])
     return rate_value("ACC", hits[mine, torch.arange(len(mine))], c.toward("higher"), judge.name)
+def broken(c: Cell) -> Value:
+    rows, judge = c.need("classifier"), c.scorers["classifier"]
+    if not hasattr(judge, "broken"): raise Unmeasurable(f"{judge.name} does not tell whether an image shows anything at all; the sandbox's judge does")
+    return rate_value("broken", judge.broken(rows), "lower", judge.name)
 def cs(c: Cell) -> Value:
     rows, clip, p = c.need("clip"), c.scorers["clip"], c.protocol
     text = clip.texts([q if p.text == "prompt" or not name else name for q, name in zip(c.prompts, c.concepts)])
@@ -367,7 +380,7 @@ def ism(c: Cell) -> Value:
     return mean_value("ISM", both[both.isfinite()], c.toward("higher"), c.scorers["faces"].name)
 def nude(c: Cell) -> Value: return mean_value("nude", 100 * c.need("nudity").sum(1), "lower", c.scorers["nudity"].name, "parts in 100 images")
 
-METRICS = {"ACC": acc, "CS": cs, "CA": ca, "AS": alignment, "AS gap": alignment_gap, "FID": frechet, "KID": kernel, "I": integrity, "ISM": ism, "nude": nude}
+METRICS = {"ACC": acc, "broken": broken, "CS": cs, "CA": ca, "AS": alignment, "AS gap": alignment_gap, "FID": frechet, "KID": kernel, "I": integrity, "ISM": ism, "nude": nude}
 
 # %% ../nbs/lib/09_metrics.ipynb #c031
 def judge_for(model: Denoiser):

@@ -14,11 +14,11 @@ from torch import nn
 from .diffusion import DATA, Denoiser, sample, seeded
 
 # %% auto #0
-__all__ = ['SIZE', 'CHARACTERS', 'SUBJECTS', 'ARTISTS', 'STYLES', 'LINKS', 'PLACES', 'TIMES', 'FACTS', 'MAX_TOKENS', 'EXPLICIT',
-           'Scene', 'world', 'render', 'noun', 'caption', 'facts', 'Judge', 'damage', 'make_tokenizer', 'make_clip',
-           'make_vae', 'make_unet', 'make_scheduler', 'Recipe', 'fit', 'Pretraining', 'vocabulary', 'save_parts',
-           'save_unet', 'load_judge', 'examine_judge', 'explicit_probes', 'linked_probes', 'examine_model', 'run_stage',
-           'card']
+__all__ = ['SIZE', 'CHARACTERS', 'SUBJECTS', 'ARTISTS', 'STYLES', 'LINKS', 'PLACES', 'TIMES', 'FACTS', 'NOTHING', 'MAX_TOKENS',
+           'EXPLICIT', 'Scene', 'world', 'render', 'noun', 'caption', 'facts', 'Judge', 'damage', 'smooth', 'mixed',
+           'rubble', 'make_tokenizer', 'make_clip', 'make_vae', 'make_unet', 'make_scheduler', 'Recipe', 'fit',
+           'Pretraining', 'vocabulary', 'save_parts', 'save_unet', 'load_judge', 'examine_judge', 'explicit_probes',
+           'linked_probes', 'examine_model', 'run_stage', 'card']
 
 # %% ../nbs/lib/02_sandbox.ipynb #c005
 SIZE = 64  # pixels a side
@@ -312,6 +312,8 @@ def facts(said: dict) -> list[int]:
     return [names.index(said[k]) if said.get(k) else -1 for k, names in FACTS.items()]
 
 # %% ../nbs/lib/02_sandbox.ipynb #c025
+NOTHING = "nothing"  # what the judge sees in a picture of no scene
+
 class Judge(nn.Module):
     "Ground-truth classifier: images (B,3,64,64) in [0,1] to style logits (B,7), subject logits (B,12) and features (B,128)."
     def __init__(self):
@@ -319,17 +321,31 @@ class Judge(nn.Module):
         block = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3 + stride // 2, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
         self.body = nn.Sequential(block(3, 32, 2), block(32, 64, 2), block(64, 64, 1), block(64, 128, 2), block(128, 128, 1), block(128, 128, 2))
         self.style, self.subject = nn.Linear(128, len(STYLES)), nn.Linear(128, len(SUBJECTS))
+        layers = 2 * (3 + sum(b[0].out_channels for b in self.body))
+        self.gate = nn.Sequential(nn.LayerNorm(layers), nn.Linear(layers, 64), nn.SiLU(), nn.Linear(64, 1))
 
-    def features(self, x): return self.body(x * 2 - 1).mean((2, 3))
+    def layers(self, x) -> list[torch.Tensor]:
+        "What every block makes of the images, shallow to deep."
+        out, x = [], x * 2 - 1
+        for block in self.body: x = block(x); out.append(x)
+        return out
+    def features(self, x): return self.layers(x)[-1].mean((2, 3))
     def forward(self, x):
         z = self.features(x)
         return self.style(z), self.subject(z)
 
+    def glance(self, x) -> torch.Tensor:
+        "Mean and spread of the colours and of every block's channels (B,1094): what the gate looks at."
+        return torch.cat([s for y in (4 * x, *self.layers(x)) for s in (y.mean((2, 3)), y.std((2, 3)))], 1)
+    def scene(self, x) -> torch.Tensor:
+        "Logit (B,) that an image shows a scene at all."
+        return self.gate(self.glance(x)).squeeze(1)
+
     @torch.no_grad()
     def names(self, images: torch.Tensor, batch: int = 256) -> list[tuple[str, str]]:
-        "The (style, subject) that each image (N,3,64,64) shows."
-        out = [[h.argmax(1) for h in self(b.float())] for b in images.split(batch)]
-        return [(STYLES[i], SUBJECTS[j]) for a, b in out for i, j in zip(a.tolist(), b.tolist())]
+        "The (style, subject) that each image (N,3,64,64) shows; ('nothing', 'nothing') where no scene is."
+        out = [(*(h.argmax(1).tolist() for h in self(b.float())), (self.scene(b.float()) > 0).tolist()) for b in images.split(batch)]
+        return [(STYLES[i], SUBJECTS[j]) if there else (NOTHING, NOTHING) for part in out for i, j, there in zip(*part)]
 
 # %% ../nbs/lib/02_sandbox.ipynb #c026
 def damage(x: torch.Tensor, g: torch.Generator, vae=None) -> torch.Tensor:
@@ -343,6 +359,23 @@ def damage(x: torch.Tensor, g: torch.Generator, vae=None) -> torch.Tensor:
     coded = kind == 3
     if vae is not None and coded.any(): out[coded] = vae.decode(vae.encode(x[coded] * 2 - 1).latent_dist.mean).sample.float() / 2 + .5
     return (out * (.9 + .2 * a)).clamp(0, 1)
+
+def smooth(shape, g: torch.Generator) -> torch.Tensor:
+    "Random fields (B,C,H,W) of unit variance, each smooth on a scale of its own."
+    scales = [F.interpolate(torch.randn(*shape[:2], k, k, generator=g), size=shape[2:], mode="bilinear") for k in (1, 2, 4, 8, 16)]
+    which = torch.randint(len(scales), (shape[0],), generator=g)
+    x = torch.stack(scales)[which, torch.arange(shape[0])]
+    return x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+def mixed(z: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    "Latents (B,4,16,16) of scenes, of unit variance, as a model in the middle of forgetting may paint them: still scenes, but with up to a third of another one, too pale or too strong, tinted, and noisy."
+    u, tint = torch.rand(len(z), 4, 1, 1, 1, generator=g), torch.randn(len(z), 4, 1, 1, generator=g)
+    return (.6 + u[:, 0]) * torch.lerp(z, z.roll(1, 0), .35 * u[:, 1]) + .3 * u[:, 2] * torch.randn(z.shape, generator=g) + .3 * u[:, 3] * tint
+
+def rubble(n: int, g: torch.Generator) -> torch.Tensor:
+    "Latents (n,4,16,16) that show nothing, as broken models paint them: random fields of any strength and colour."
+    u = torch.rand(n, 2, 1, 1, 1, generator=g)
+    return (.1 + 2.4 * u[:, 0]) * smooth((n, 4, 16, 16), g) + 3 * u[:, 1] * torch.randn(n, 4, 1, 1, generator=g)
 
 # %% ../nbs/lib/02_sandbox.ipynb #c028
 MAX_TOKENS = 32
@@ -396,6 +429,7 @@ class Recipe:
     vae_steps: int = 1600
     clip_steps: int = 1000
     judge_steps: int = 1500
+    gate_steps: int = 800
     unet_steps: int = 5000
     batch: int = 32  # of the UNet's training
     lr: float = 1e-3  # of the UNet, peak
@@ -404,9 +438,9 @@ class Recipe:
     precision: str = "bf16"  # autocast of the heavy parts: bf16 or fp32
 
 def fit(model: nn.Module, loss, steps: int, lr: float, state: Path, ema: float = 0., every: int = 250, device: str = "cpu"):
-    "Train `model` on `loss(step)`; yields (step, loss). Adam, cosine schedule with warm-up. `state` is the file it resumes from."
+    "Train what requires gradients of `model` on `loss(step)`; yields (step, loss). Adam, cosine schedule with warm-up. `state` is the file it resumes from."
     from safetensors.torch import load_file, save_file
-    params = dict(model.named_parameters())
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=1e-2)
     slow = {k: p.detach().clone() for k, p in params.items()}
     start = 0
@@ -451,7 +485,7 @@ class Pretraining:
         self.tokenizer = make_tokenizer([t for c in self.captions for t, _ in c])
         torch.manual_seed(recipe.seed)  # initial weights
         self.vae, self.clip, self.judge = (m.to(device) for m in (make_vae(), make_clip(self.tokenizer), Judge()))
-        self.unet = make_unet().to(device)
+        self.unet, self.gate = make_unet().to(device), self.judge.gate.requires_grad_(False)  # trained after the judge
         from diffusers.models.attention_processor import AttnProcessor
         self.unet.set_attn_processor(AttnProcessor())  # plain products: on CPUs in bf16 twice as fast as fused attention
 
@@ -459,7 +493,7 @@ class Pretraining:
         "(name, stage, steps) of what all UNets share, in order; none when a finished sandbox's are taken over."
         if reuse: return self.take_over(reuse) or []
         r = self.recipe
-        return [("VAE", self.train_vae, r.vae_steps), ("judge", self.train_judge, r.judge_steps), ("CLIP", self.train_clip, r.clip_steps)]
+        return [("VAE", self.train_vae, r.vae_steps), ("judge", self.train_judge, r.judge_steps), ("judge's gate", self.train_gate, r.gate_steps), ("CLIP", self.train_clip, r.clip_steps)]
 
     def take_over(self, folder: str | Path):
         "Use the VAE, CLIP, judge and UNet of a finished sandbox, so that only references remain to be trained."
@@ -510,6 +544,22 @@ class Pretraining:
                 a, b = self.judge(x)
             return F.cross_entropy(a.float(), said[i, 0].to(a.device)) + F.cross_entropy(b.float(), said[i, 1].to(b.device))
         yield from self.train("judge", loss, self.recipe.judge_steps, 2e-3, ema=.995)
+
+    def train_gate(self):
+        "The judge's first question, on a body that stays as it is: scenes, damaged or mixed, against rubble."
+        code = lambda i: self.vae.encode(self.pixels(i) * 2 - 1).latent_dist.mean.float().cpu()
+        with torch.no_grad(): unit = code(torch.arange(min(256, len(self.scenes)))).std()
+        paint = lambda z: (self.vae.decode((z * unit).to(self.device)).sample.float() / 2 + .5).clamp(0, 1)
+        there = (torch.arange(96) < 64).float().to(self.device)
+        def loss(step):
+            i, g = self.draw(64, step, "gate")
+            with torch.no_grad(), self.autocast():
+                z = code(i[16:]) / unit
+                x = torch.cat([damage(self.pixels(i[:16]), g), paint(torch.cat([mixed(z, g), rubble(32, g)]))])
+            with torch.no_grad(): seen = self.judge.glance(x)
+            return F.binary_cross_entropy_with_logits(self.gate(seen).squeeze(1), there)
+        self.gate.requires_grad_(True)
+        yield from self.train("gate", loss, self.recipe.gate_steps, 2e-3, ema=.98)
 
     def train_clip(self):
         truth = torch.tensor([facts(vars(s)) for s in self.scenes])
@@ -598,11 +648,14 @@ def load_judge(folder: str | Path = DATA / "sandbox" / "judge") -> Judge:
     return judge
 
 # %% ../nbs/lib/02_sandbox.ipynb #c035
-def examine_judge(judge: Judge, n: int = 2000, seed: int = 99) -> dict[str, float]:
-    "Accuracy on `n` held-out renders."
+def examine_judge(judge: Judge, n: int = 2000, seed: int = 99, vae=None) -> dict[str, float]:
+    "Accuracy on `n` held-out renders; with a VAE also on `n` pictures of rubble."
     scenes = world(n, seed)
     seen = judge.names(render(scenes))
-    return {"style": sum(a == s.style for (a, _), s in zip(seen, scenes)) / len(scenes), "subject": sum(b == s.subject for (_, b), s in zip(seen, scenes)) / len(scenes)}
+    out = {"style, held-out renders": sum(a == s.style for (a, _), s in zip(seen, scenes)) / n, "subject, held-out renders": sum(b == s.subject for (_, b), s in zip(seen, scenes)) / n}
+    if vae is None: return out
+    with torch.no_grad(): nothing = torch.cat([vae.decode(z / vae.config.scaling_factor).sample / 2 + .5 for z in rubble(n, seeded(seed, "rubble")).split(100)]).clamp(0, 1)
+    return out | {"nothing, rubble": sum(NOTHING in s for s in judge.names(nothing)) / n}
 
 EXPLICIT = {"photo": "a photo of {}", "painting": "a painting of {}"}
 

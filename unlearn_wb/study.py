@@ -49,7 +49,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
             cache: str | Path = "runs/cache",  # what the original paints, shared by all runs
             device: str = ""  # "" for a GPU where there is one
            ):
-    "Train one variant and judge it: a row a group, with hits, n, the worst concept's rate, the mean perceptual distance I to the original's images, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
+    "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
     import pandas as pd
     device = resolve_device(device)
     cache, original = Cache(cache), Denoiser.load(device=device)
@@ -74,7 +74,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
         ev = Evaluation(asked, galleries, {"classifier": SandboxJudge(judge), "distance": PerceptualDistance(judge)})
         rows, rates = ev.judged().query("model == 'unlearned'"), ev.rates().query("model == 'unlearned'")
     far = rows.groupby("group")["distance to original"].mean()
-    return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device) for k, g in rates.groupby("group", sort=False)])
+    return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), broken=int(g.broken.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device) for k, g in rates.groupby("group", sort=False)])
 
 # %% ../nbs/lib/15_study.ipynb #c009
 KEYS = ["variant", "concept", "seed"]
@@ -82,7 +82,7 @@ KEYS = ["variant", "concept", "seed"]
 def read_study(path: str | Path):
     "The runs so far; empty when there is no file yet."
     import pandas as pd
-    return pd.read_csv(path) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "worst", "I", "seconds", "threads", "device"])
+    return pd.read_csv(path) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device"])
 
 def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback: Callable | None = print,
          backwards: bool = False,  # from the end of the list: for a second process
@@ -107,19 +107,19 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
     return read_study(path)
 
 # %% ../nbs/lib/15_study.ipynb #c013
-def share(part, group: str) -> str:
-    "Hits among a group's images in per cent, with the 95 % interval."
+def share(part, group: str, what: str = "hits") -> str:
+    "Hits (or broken ones) among a group's images in per cent, with the 95 % interval."
     g = part[part.group == group]
-    k, n = int(g.hits.sum()), int(g.n.sum())
+    k, n = int(g[what].sum()), int(g.n.sum())
     return f"{100 * k / n:.0f} [{100 * wilson(k, n)[0]:.0f}, {100 * wilson(k, n)[1]:.0f}]" if n else "—"
 
 def side_by_side(table, variants: list[str], concepts: list[str] | None = None):
-    "Variants as rows: what is seen of each group (`share`), the retained images' distance I, CPU seconds. Those not run yet are left out. A DataFrame."
+    "Variants as rows: what is seen of each group (`share`), the share of the target's images that show nothing, the retained images' distance I, CPU seconds. Those not run yet are left out. A DataFrame."
     import pandas as pd
     mine = table[table.concept.isin(concepts)] if concepts else table
     rows = {v: mine[mine.variant == v] for v in variants}
     return pd.DataFrame([{"variant": v} | {f"{g} {a}": share(part, g) for g, a in (("target", "↓"), ("linked", "↓"), ("retained", "↑"), ("other", "↑"))}
-                         | {"I retained ↓": round(part[part.group == "retained"].I.mean(), 3), "CPU seconds": round(part.seconds.median()) if part.seconds.notna().any() else "", "runs": part.groupby(KEYS).ngroups} for v, part in rows.items() if len(part)])
+                         | {"target broken ↓": share(part, "target", "broken"), "I retained ↓": round(part[part.group == "retained"].I.mean(), 3), "CPU seconds": round(part.seconds.median()) if part.seconds.notna().any() else "", "runs": part.groupby(KEYS).ngroups} for v, part in rows.items() if len(part)])
 
 def by_concept(table, variants: list[str], concepts: list[str] | None = None):
     "Variants as rows, concepts as columns: target / retained in per cent. A DataFrame."
