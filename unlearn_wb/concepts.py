@@ -14,7 +14,7 @@ from .diffusion import Denoiser, seeded
 from .stores import room
 
 # %% auto #0
-__all__ = ['GENERAL', 'KINDS', 'STYLE_PROBES', 'THING_PROBES', 'LINK_PROBES', 'BadConcept', 'Vocabulary', 'similarity',
+__all__ = ['GENERAL', 'KINDS', 'STYLE_PROBES', 'THING_PROBES', 'LINK_PROBES', 'FRAMES', 'BadConcept', 'Vocabulary', 'similarity',
            'nearest_name', 'Erasure', 'noun_phrase', 'Bank', 'bank', 'Probe', 'probes', 'check_prompts', 'token_spans',
            'Cache']
 
@@ -155,8 +155,13 @@ class Bank:
     anchor: tuple
     retain: tuple
 
-def bank(e: Erasure, n: int = 200, seed: int = 0) -> Bank:
-    "A training bank of `n` pairs and `n` retained prompts, drawn evenly from the grammar."
+FRAMES = {  # what stands around target and anchor in training prompts: AdvAnchor's Figs. 3 and 4
+    "sentences": "many sentences of the grammar", "word": "nothing: the bare words", "mask": "one short sentence", "long": "one long sentence"}
+_FRAMED = {"style": {"word": "{}", "mask": "a {} painting of a landscape", "long": "a beautiful canvas painting of a landscape, highly detailed, soft light, a masterpiece, by {}"},
+           "instance": {"word": "{}", "mask": "a photo of {}", "long": "a good photograph, highly detailed, wide angle, soft light, a masterpiece, seen from the front, of {}"}}
+
+def bank(e: Erasure, n: int = 200, seed: int = 0, frame: str = "sentences") -> Bank:
+    "A training bank of `n` pairs and `n` retained prompts, drawn evenly from the grammar; with another of `FRAMES` the pair is one and the same."
     v, order = e.vocabulary, seeded(seed, "bank", e.target)
     things = v.things + tuple(c for c in v.characters if c != e.target)
     if e.kind == "style":
@@ -170,6 +175,9 @@ def bank(e: Erasure, n: int = 200, seed: int = 0) -> Bank:
         pairs += [(f"a painting of {mine} in the style of {s}", f"a painting of {other} in the style of {s}") for s in v.styles]
         kept = [b.format(noun_phrase(r, v)) + tail for b, tail, r in product(_THING_BASES, _SCENES, e.retained)]
         kept += [f"a painting of {noun_phrase(r, v)} in the style of {s}" for s, r in product(v.styles, e.retained)]
+    if frame != "sentences":
+        put = lambda x: _FRAMED[e.kind][frame].format(noun_phrase(x, v) if e.kind == "instance" else "plain" if x == v.plain else x)
+        pairs = [(put(e.target), put(e.anchor))]
     pick = lambda items: [items[i] for i in (torch.randperm(len(items), generator=order).tolist() * (n // len(items) + 1))[:n]] if items else []
     chosen = pick(pairs)
     return Bank(tuple(t for t, _ in chosen), tuple(a for _, a in chosen), tuple(pick(kept)))

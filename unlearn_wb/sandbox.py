@@ -368,14 +368,16 @@ def smooth(shape, g: torch.Generator) -> torch.Tensor:
     return x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 def mixed(z: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    "Latents (B,4,16,16) of scenes, of unit variance, as a model in the middle of forgetting may paint them: still scenes, but with up to a third of another one, too pale or too strong, tinted, and noisy."
-    u, tint = torch.rand(len(z), 4, 1, 1, 1, generator=g), torch.randn(len(z), 4, 1, 1, generator=g)
-    return (.6 + u[:, 0]) * torch.lerp(z, z.roll(1, 0), .35 * u[:, 1]) + .3 * u[:, 2] * torch.randn(z.shape, generator=g) + .3 * u[:, 3] * tint
+    "Latents (B,4,16,16) of scenes, of unit variance, as a model in the middle of forgetting may paint them: still scenes, but with up to a third of another one, coarser, too pale or too strong, tinted, and noisy."
+    u, tint = torch.rand(len(z), 5, 1, 1, 1, generator=g), torch.randn(len(z), 4, 1, 1, generator=g)
+    z = torch.lerp(z, z.roll(1, 0), .35 * u[:, 0])
+    z = torch.lerp(z, F.avg_pool2d(F.pad(z, [1] * 4, mode="replicate"), 3, 1), u[:, 1])
+    return (.6 + u[:, 2]) * z + .3 * u[:, 3] * torch.randn(z.shape, generator=g) + .3 * u[:, 4] * tint
 
-def rubble(n: int, g: torch.Generator) -> torch.Tensor:
-    "Latents (n,4,16,16) that show nothing, as broken models paint them: random fields of any strength and colour."
-    u = torch.rand(n, 2, 1, 1, 1, generator=g)
-    return (.1 + 2.4 * u[:, 0]) * smooth((n, 4, 16, 16), g) + 3 * u[:, 1] * torch.randn(n, 4, 1, 1, generator=g)
+def rubble(z: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    "Latents (B,4,16,16) that show nothing, as broken models paint them: random fields of any strength and colour, with no more than a trace of scenes `z`."
+    u = torch.rand(len(z), 3, 1, 1, 1, generator=g)
+    return (.1 + 2.4 * u[:, 0]) * smooth(z.shape, g) + 3 * u[:, 1] * torch.randn(len(z), 4, 1, 1, generator=g) + .25 * u[:, 2] * z
 
 # %% ../nbs/lib/02_sandbox.ipynb #c028
 MAX_TOKENS = 32
@@ -555,7 +557,7 @@ class Pretraining:
             i, g = self.draw(64, step, "gate")
             with torch.no_grad(), self.autocast():
                 z = code(i[16:]) / unit
-                x = torch.cat([damage(self.pixels(i[:16]), g), paint(torch.cat([mixed(z, g), rubble(32, g)]))])
+                x = torch.cat([damage(self.pixels(i[:16]), g), paint(torch.cat([mixed(z, g), rubble(z[:32], g)]))])
             with torch.no_grad(): seen = self.judge.glance(x)
             return F.binary_cross_entropy_with_logits(self.gate(seen).squeeze(1), there)
         self.gate.requires_grad_(True)
@@ -654,7 +656,9 @@ def examine_judge(judge: Judge, n: int = 2000, seed: int = 99, vae=None) -> dict
     seen = judge.names(render(scenes))
     out = {"style, held-out renders": sum(a == s.style for (a, _), s in zip(seen, scenes)) / n, "subject, held-out renders": sum(b == s.subject for (_, b), s in zip(seen, scenes)) / n}
     if vae is None: return out
-    with torch.no_grad(): nothing = torch.cat([vae.decode(z / vae.config.scaling_factor).sample / 2 + .5 for z in rubble(n, seeded(seed, "rubble")).split(100)]).clamp(0, 1)
+    with torch.no_grad():
+        z = torch.cat([vae.encode(x * 2 - 1).latent_dist.mean for x in render(scenes).split(100)])
+        nothing = torch.cat([vae.decode(x * z.std()).sample / 2 + .5 for x in rubble(z / z.std(), seeded(seed, "rubble")).split(100)]).clamp(0, 1)
     return out | {"nothing, rubble": sum(NOTHING in s for s in judge.names(nothing)) / n}
 
 EXPLICIT = {"photo": "a photo of {}", "painting": "a painting of {}"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
-from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
+from ..concepts import FRAMES, Cache, Erasure, bank, check_prompts, token_spans
 from ..diffusion import PRECISIONS, Denoiser, add_noise, denoise, embed_each, need_cross_attention, sample, seeded
 from ..scopes import ADAPTED, SCOPES, Adapters, Moved, choose
 from ..loop import SCHEDULES, Together
@@ -40,6 +40,7 @@ class MethodConfig:
     keep: str = "images"  # retaining loss: images (diffusion loss, Eq. 9), drift (distance to the original's predictions), empty (the same for the empty prompt), none
     num_images: int = 1000  # images of the anchor, and as many of the retained concepts
     prompts: int = 200  # captions in the bank
+    frame: str = "sentences"  # what stands around target and anchor in them: sentences of the grammar, nothing (word), one short sentence (mask) or one long sentence (long)
     detach_start: bool = False  # no gradient through keys and values of the start token
     weight_decay: float = 1e-2  # of AdamW, on the weights that move
     clip: float = 1.  # of the step's gradient, after the projection; 0 for none
@@ -113,7 +114,7 @@ class Anchored:
     couples = ""  # why a batch cannot be cut into pieces, where it cannot
     takes_anchor = True  # False: the loss has no anchor to replace
     reads_attention = False  # True: it needs a model with cross-attention
-    choices = {"images": IMAGES, "keep": KEEPS, "anchors": ANCHORS, "anchor_loss": ADV, "precision": PRECISIONS, "lr_schedule": SCHEDULES, "granularity": GRANULARITIES, "combiner": RULES, "scope": SCOPES | ADAPTED}  # field of the configuration -> its values
+    choices = {"images": IMAGES, "keep": KEEPS, "anchors": ANCHORS, "anchor_loss": ADV, "precision": PRECISIONS, "lr_schedule": SCHEDULES, "granularity": GRANULARITIES, "frame": FRAMES, "combiner": RULES, "scope": SCOPES | ADAPTED}  # field of the configuration -> its values
     def __init__(self, model: Denoiser,
                  erasures: list[Erasure],  # one or several, all forgotten at once
                  config: MethodConfig,
@@ -163,7 +164,7 @@ class Anchored:
         return out.to(self.model.device)
 
     def moving(self): return Adapters(self.model.unet, self.config.scope, self.config.rank, self.config.seed) if self.config.scope in ADAPTED else Moved(self.model.unet, self.config.scope)
-    def make_banks(self) -> list: return [bank(e, -(-self.config.prompts // len(self.erasures)), self.config.seed) for e in self.erasures]
+    def make_banks(self) -> list: return [bank(e, -(-self.config.prompts // len(self.erasures)), self.config.seed, self.config.frame) for e in self.erasures]
     def autocast(self): return self.model.autocast(self.config.precision)
 
     def draw(self, data: PromptedLatents, step: int, name: str, n: int, states=None, other=None) -> Noised:

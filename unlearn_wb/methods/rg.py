@@ -76,6 +76,7 @@ class RG(Anchored):
         if config.truncate <= 0: raise ValueError(f"truncate = {config.truncate}; a positive loss is needed, such as 1.5")
         if config.images not in ("target", "both"): raise ValueError(f"images = {config.images}; ascent needs images of the target: target or both")
         if not config.forget and config.keep != "images": raise ValueError(f"keep = {config.keep}; Finetune is descent on the retained images: leave it at images")
+        if config.diverse and config.frame != "sentences": raise ValueError(f"frame = {config.frame}; diverse prompts are sentences of a grammar of their own: leave it at sentences")
         self.name = "Finetune" if not config.forget else ("RGD" if config.diverse else "RG") if config.combiner == "restricted" else "GradDiff" if config.combiner == "sum" else "RG"
         super().__init__(model, erasures, config, cache, callback)
 
