@@ -51,14 +51,16 @@ class Adversary:
         slot = self.slots[b.which]
         return b.c + torch.where((slot >= 0)[..., None], self.e[slot.clamp(min=0)], 0.)
 
-    def similarity(self, b) -> torch.Tensor:
+    def concept(self, b) -> tuple:
+        "The frozen original's prediction for the concept, and the one that both sides are held against (adv2: for the empty prompt): no perturbation changes them."
+        m = self.method
+        with m.moved.original():
+            return m.model.eps(b.x_t, b.t, b.c), m.model.eps(b.x_t, b.t, m.nothing(b)) if self.config.anchor_loss == "adv2" else 0.
+
+    def similarity(self, b, concept: tuple | None = None) -> torch.Tensor:
         "adv1 or adv2 on the frozen original: mean cosine over the batch (or the released code's mean product)."
-        m, anchor = self.method, self.anchor(b)
-        with m.moved.original(grad=True):  # in full precision: differences of predictions drown in the rounding of bf16
-            near = m.model.eps(b.x_t, b.t, anchor)
-            with torch.no_grad():
-                own = m.model.eps(b.x_t, b.t, b.c)
-                plain = m.model.eps(b.x_t, b.t, m.nothing(b)) if self.config.anchor_loss == "adv2" else 0.
+        m, (own, plain) = self.method, concept or self.concept(b)
+        with m.moved.original(grad=True): near = m.model.eps(b.x_t, b.t, self.anchor(b))  # in full precision: differences of predictions drown in the rounding of bf16
         near, own = (near - plain).flatten(1), (own - plain).flatten(1)
         return (near * own).mean() if self.product else F.cosine_similarity(near, own).mean()
 
@@ -66,11 +68,11 @@ class Adversary:
         "Perturb until the similarity is zero or S steps are done; leave the anchor in the batch, or in each of its pieces."
         parts = parts if isinstance(parts, list) else [parts]
         steps, s, together = self.config.anchor_steps if most is None else most, None, self.method.together
-        share = 1 / (len(parts) * together.size)
+        share, concepts = 1 / (len(parts) * together.size), [self.concept(b) for b in parts] if steps else []
         for k in range(steps):
             s, mine = 0., torch.zeros_like(self.e)
-            for b in parts:
-                one = share * self.similarity(b)
+            for b, concept in zip(parts, concepts):
+                one = share * self.similarity(b, concept)
                 s += one.item()
                 mine += torch.autograd.grad(one, self.e)[0]
             s = together.sum(s)
