@@ -109,6 +109,43 @@ def test_out_of_memory_halves_the_pieces_and_goes_on(cache, monkeypatch, capsys)
     with pytest.raises(torch.OutOfMemoryError): run("conabl", cache)
 
 
+def test_an_adversarys_turn_is_taken_back_when_the_step_runs_out_of_memory(cache, monkeypatch):
+    rows, w, _ = run("advanchor", cache, anchor_lr=.3)
+    make, plain = METHODS["advanchor"].make, METHODS["advanchor"].make.unlearning_loss
+    def tight(self, batch):  # the turn is over by now
+        if len(batch[0].t) > 4: raise torch.OutOfMemoryError("full")
+        return plain(self, batch)
+    monkeypatch.setattr(make, "unlearning_loss", tight)
+    again, p, trainer = run("advanchor", cache, anchor_lr=.3)
+    assert trainer.pieces == 2 and close(w, p)
+    for k in ("anchor_norm", "similarity"): assert again[0][k] == pytest.approx(rows[0][k], rel=1e-4), k
+
+
+def one_of_two(rank, folder):
+    "A process of a run whose second process alone has too little memory."
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    cache, make = Cache(f"{folder}/{rank}"), METHODS["advanchor"].make
+    plain = make.retaining_loss
+    def tight(self, batch):
+        if rank == 1 and len(batch[0].t) > 2: raise torch.OutOfMemoryError("full")
+        return plain(self, batch)
+    make.retaining_loss = tight
+    _, w, trainer = run("advanchor", cache)
+    from safetensors.torch import save_file
+    save_file({**{k: v.contiguous() for k, v in w.items()}, "pieces": torch.tensor(trainer.pieces)}, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_out_of_memory_in_one_process_halves_the_pieces_of_all(cache, tmp_path):
+    from safetensors.torch import load_file
+    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
+    _, w, _ = run("advanchor", cache)
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert int(found.pop("pieces")) == 2 and close(w, found)
+
+
 def test_fp16_skips_what_overflows_and_learns(cache):
     trainer = prepared("conabl", cache, precision="fp16", iterations=12)
     before = {k: v.detach().clone() for k, v in trainer.method.params.items()}

@@ -13,7 +13,7 @@ from .scopes import choose
 from .surgery import Combiner
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'Together', 'Gradients', 'Trainer', 'unlearn']
+__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'FullElsewhere', 'Together', 'Gradients', 'Trainer', 'unlearn']
 
 # %% ../nbs/lib/07_loop.ipynb #c005
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class GradientMethod(Protocol):
     iterations: int  # steps in all, warm-up included
     def batch(self, step: int): "The step's batch; depends on (seed, step) alone."
     def before(self, *parts) -> dict: "What precedes the step (an adversary's turn); what it measured."
+    def undo(self): "Take back what `before` did: the step is done again in smaller pieces."
     def unlearning_loss(self, batch) -> torch.Tensor: "L_u, with its graph."
     def retaining_loss(self, batch) -> torch.Tensor | None: "L_r, with its graph; None when the method has none."
     def after(self, *parts) -> dict: "What follows the step (a discriminator's turn, an EMA); what it measured."
@@ -46,6 +47,8 @@ class GradientMethod(Protocol):
     def load_state(self, tensors: dict): "Restore them."
 
 # %% ../nbs/lib/07_loop.ipynb #c008
+class FullElsewhere(torch.OutOfMemoryError): "Another process of the run is out of memory."
+
 class Together:
     "The processes that share a run: one, or those that torchrun or `accelerate launch` started."
     def __init__(self):
@@ -54,17 +57,27 @@ class Together:
         self.rank, self.size = (d.get_rank(), d.get_world_size()) if self.on else (0, 1)
 
     def sum_(self, *tensors: torch.Tensor):
-        "Add up over all processes, in place."
+        "Add up over all processes, in place. Raises as `sum` does."
         if self.on:
+            self.sum(0.)
             for t in tensors: torch.distributed.all_reduce(t)
 
     def sum(self, value: float) -> float:
-        "Add up a number over all processes."
+        "Add up a number over all processes. Raises `FullElsewhere` when one of them says `full` instead."
         if not self.on: return value
+        total, full = self._meet(value, 0.)
+        if full: raise FullElsewhere("another process ran out of memory")
+        return total
+
+    def full(self):
+        "Say, in place of the next sum, that this process ran out of memory on the way to it."
+        if self.on: self._meet(0., 1.)
+
+    def _meet(self, *values: float) -> list[float]:
         where = torch.device("cuda", torch.cuda.current_device()) if torch.distributed.get_backend() == "nccl" else "cpu"
-        t = torch.tensor(value, dtype=torch.float64, device=where)
+        t = torch.tensor(values, dtype=torch.float64, device=where)
         torch.distributed.all_reduce(t)
-        return t.item()
+        return t.tolist()
 
 # %% ../nbs/lib/07_loop.ipynb #c009
 class Gradients:
@@ -145,11 +158,13 @@ class Trainer:
         while True:
             try: return act(self._cut(batch))
             except torch.OutOfMemoryError as e:
-                if torch.cuda.is_available(): torch.cuda.empty_cache()
+                if not isinstance(e, FullElsewhere): self.together.full()
                 try: self.method.pieces_of(batch, 2 * self.pieces * self.together.size)
                 except ValueError: raise e
-                self.pieces *= 2
-                print(f"out of memory at step {self.step + 1}: the batch goes through in {self.pieces} pieces from here on, to the same result", flush=True)
+            if torch.cuda.is_available(): torch.cuda.empty_cache()  # here, where the error no longer holds what it was raised in
+            self.method.undo()
+            self.pieces *= 2
+            if self.together.rank == 0: print(f"out of memory at step {self.step + 1}: the batch goes through in {self.pieces} pieces from here on, to the same result", flush=True)
 
     def _gradient(self, which, loss, parts) -> float | None:
         "One side's gradient over all pieces and processes, in its buffer; the loss."

@@ -276,4 +276,4 @@ def update_live(fig, trace):
     if "angle" in trace:
         angles = trace.angle.dropna()
         fig.data[6].x, fig.data[7].x = angles[angles <= 90].tolist(), angles[angles > 90].tolist()
-        fig.layout.annotations[3].text = f"angle Gu, Gr ({(angles > 90).mean():.0%} conflict)" if len(angles) else "angle Gu, Gr"
+        fig.layout.annotations[3].text = f"angle: {(angles > 90).mean():.0%} conflict" if len(angles) else "angle Gu, Gr"

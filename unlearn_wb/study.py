@@ -4,7 +4,8 @@
 
 # %% ../nbs/lib/15_study.ipynb #c002
 from __future__ import annotations
-import tempfile, time
+import fcntl, os, tempfile, time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable
@@ -21,8 +22,8 @@ from .scopes import choose
 from .workbench import read_options
 
 # %% auto #0
-__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'build', 'outcome', 'read_study', 'fill', 'share', 'side_by_side', 'by_concept',
-           'reaches', 'paired', 'claim_holds']
+__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'build', 'outcome', 'read_study', 'alone', 'fill', 'share', 'side_by_side',
+           'by_concept', 'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -84,6 +85,15 @@ def read_study(path: str | Path):
     import pandas as pd
     return pd.read_csv(path) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device"])
 
+@contextmanager
+def alone(folder: Path):
+    "Within this block no other process is in such a block for the same folder; a process that dies leaves it."
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally: os.close(fd)
+
 def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback: Callable | None = print,
          backwards: bool = False,  # from the end of the list: for a second process
          **settings):
@@ -95,13 +105,14 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
         if (table[KEYS].astype(str) == list(map(str, job))).all(axis=1).any(): continue
         rows = run(*job, **settings)
         if rows is None: continue
-        table = read_study(path)  # others may have written meanwhile
         rows = rows.assign(**dict(zip(KEYS, job)))
-        table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        table[KEYS + [c for c in table if c not in KEYS]].to_csv(part, index=False, float_format="%.5g")
-        part.replace(path)
+        with alone(path.parent):
+            table = read_study(path)  # others may have written meanwhile
+            table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
+            part = path.with_suffix(".part")
+            table[KEYS + [c for c in table if c not in KEYS]].to_csv(part, index=False, float_format="%.5g")
+            part.replace(path)
         did += 1
         if callback: callback(f"{', '.join(map(str, job))}: " + ", ".join(f"{g} {h / n:.0%}" for g, h, n in zip(rows.group, rows.hits, rows.n)) + f"; {rows.seconds.iloc[0]:.0f} s; at most {(len(jobs) - k - 1) * (time.time() - began) / did / 60:.0f} min left", flush=True)
     return read_study(path)

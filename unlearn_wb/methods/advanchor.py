@@ -44,7 +44,7 @@ class Adversary:
         self.e = start.to(model.device).requires_grad_(True)  # (rows, D)
         self.optimizer = torch.optim.Adam([self.e], lr=c.anchor_lr)
         self.piled = torch.zeros_like(self.e)  # gradients since the beginning: what the released code steps along
-        self.path = []  # the perturbation after each turn
+        self.path, self.start = [], None  # the perturbation after each turn; the state before the last one
 
     def anchor(self, b) -> torch.Tensor:  # (B,L,D)
         "The target's text states with the perturbation on the concept's positions."
@@ -66,7 +66,7 @@ class Adversary:
 
     def turn(self, parts, most: int | None = None) -> dict:
         "Perturb until the similarity is zero or S steps are done; leave the anchor in the batch, or in each of its pieces."
-        parts = parts if isinstance(parts, list) else [parts]
+        parts, self.start = parts if isinstance(parts, list) else [parts], ({k: v.clone() for k, v in self.state().items()}, len(self.path))
         steps, s, together = self.config.anchor_steps if most is None else most, None, self.method.together
         share, concepts = 1 / (len(parts) * together.size), [self.concept(b) for b in parts] if steps else []
         for k in range(steps):
@@ -84,6 +84,14 @@ class Adversary:
         for b in parts: b.other = self.anchor(b).detach()
         self.path.append(self.e.detach().clone())
         return {"similarity": s if s is not None else float("nan"), "anchor_steps": k + 1 if steps else 0, "anchor_norm": float(self.e.detach().norm(dim=1).mean())}
+
+    def undo(self):
+        "Be as before the last turn."
+        if not self.start: return
+        (saved, length), self.start = self.start, None
+        del self.path[length:]
+        self.optimizer.state.clear()
+        self.load_state(saved)
 
     def state(self) -> dict:
         found = self.optimizer.state.get(self.e, {})

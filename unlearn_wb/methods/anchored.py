@@ -228,6 +228,10 @@ class Anchored:
         "An adversarial anchor's turn, where there is one."
         return self.adversary.turn([b for b, _ in parts]) if self.adversary else {}
 
+    def undo(self):
+        "Take back the adversary's last turn."
+        if self.adversary: self.adversary.undo()
+
     def nothing(self, b: Noised) -> torch.Tensor: return self.null.expand(len(b.t), -1, -1)
     def after(self, *parts) -> dict: return {}
     def state(self) -> dict[str, torch.Tensor]: return self.adversary.state() if self.adversary else {}
