@@ -125,9 +125,9 @@ def test_sdd():
     x.agree(m.unlearning_loss, mse(x.eps(b, b.c), goal), (b, None))
 
 
-@pytest.mark.parametrize("truncate", [.01, 100.])
-def test_rg(truncate):
-    m = build("rg", truncate=truncate)
+@pytest.mark.parametrize("truncate, truncated", [(.01, "rescale"), (100., "rescale"), (100., "skip")])
+def test_rg(truncate, truncated):
+    m = build("rg", truncate=truncate, truncated=truncated)
     x, batch = Exact(m), m.batch(1)
     b, r = batch
     loss = mse(x.eps(b, b.c), b.eps.double())
@@ -379,6 +379,22 @@ def test_resume_is_exact(name, cache):
     for k, p in whole.params.items(): assert torch.equal(p, second.params[k]), k
 
 
+def test_rg_as_released_skips_the_ascent_above_the_truncation():
+    m = build("rg", truncate=.01, truncated="skip")
+    loss = m.unlearning_loss(m.batch(1))
+    assert loss.item() == -1 and not any(g.any() for g in torch.autograd.grad(loss, list(m.params.values()))), "l / l is 1, whatever the weights"
+
+
+def test_a_preset_of_a_method_under_another_name_keeps_what_makes_it_that():
+    model = Denoiser(tiny_pipeline(), "tiny")
+    e = Erasure.find(model, "Van Gogh", kind="style", retain=("Monet",))
+    of = lambda name, preset="default": METHODS[name].defaults(model, e, preset)
+    assert of("rgd").diverse and of("rgd", "paper").diverse and not of("rg", "paper").diverse
+    assert of("rgd", "released").diverse and of("rgd", "released").truncated == "skip"
+    assert of("advanchor-adv2", "paper").anchor_loss == "adv2" and of("advanchor-adv2", "paper").norm and of("advanchor", "paper").anchor_loss == "adv1"
+    with pytest.raises(ValueError, match="unknown preset 'papr'; did you mean 'paper'"): of("rgd", "papr")
+
+
 BAD = {
     "share": (salun.SalUn, salun.SalUnConfig, dict(share=1.5), "saliency share = 1.5; a number between 0 and 1"),
     "erase_from": (esd.ESD, esd.ESDConfig, dict(erase_from="zeppelin"), "'zeppelin', from which 'Van Gogh' is to be erased, occurs in none of its prompts"),
@@ -388,6 +404,8 @@ BAD = {
     "rank": (spm.SPM, spm.SPMConfig, dict(rank=0), "rank = 0; an adapter needs at least rank 1"),
     "budget": (integrity.Saddle, integrity.SaddleConfig, dict(budget=0.), "budget = 0.0; a positive drift"),
     "truncate": (rg.RG, rg.RGConfig, dict(truncate=0.), "truncate = 0.0; a positive loss"),
+    "truncated": (rg.RG, rg.RGConfig, dict(truncated="skipp"), "unknown truncated 'skipp'; did you mean 'skip'"),
+    "frame": (rg.RG, rg.RGConfig, dict(diverse=True, frame="word"), "frame = word; diverse prompts"),
     "images": (rg.RG, rg.RGConfig, dict(images="anchor"), "ascent needs images of the target")}
 
 

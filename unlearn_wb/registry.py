@@ -23,7 +23,7 @@ class Entry:
     lesson: str  # notebook under nbs/methods
     paper: str
 
-def _preset(defaults, name): return lambda model, erasure, preset="default": defaults(model, erasure, name if preset == "default" else preset)  # the same method under another name
+def _preset(defaults, name): return lambda model, erasure, preset="default": defaults(model, erasure, name if preset == "default" else f"{name}+{preset}")  # the same method under another name
 _e, _t = r"\epsilon_\theta", r"\epsilon_0"
 
 METHODS: dict[str, Entry] = {

@@ -13,7 +13,7 @@ from .anchored import Anchored, MethodConfig, defaults_for
 from ..diffusion import seeded
 
 # %% auto #0
-__all__ = ['GRAMMAR', 'PRESETS', 'defaults', 'known', 'diversify', 'RGConfig', 'RG']
+__all__ = ['GRAMMAR', 'TRUNCATED', 'PRESETS', 'defaults', 'known', 'diversify', 'RGConfig', 'RG']
 
 # %% ../../nbs/methods/rg.ipynb #c003
 GRAMMAR = {
@@ -52,6 +52,8 @@ def diversify(model: Denoiser, erasure: Erasure, n: int, seed: int = 0) -> Bank:
     kept = [sentence(one(things), r) if erasure.kind == "style" else sentence(r, "") for r, _ in zip(erasure.retained * n, range(n))]
     return Bank(tuple(t for t, _ in pairs), tuple(a for _, a in pairs), tuple(kept))
 
+TRUNCATED = {"rescale": "divided by the loss", "skip": "no ascent while the loss is above it"}
+
 @dataclass(frozen=True)
 class RGConfig(MethodConfig):
     "All that decides an RG or RGD run."
@@ -63,7 +65,8 @@ class RGConfig(MethodConfig):
     weight: float = 1.6  # w of the restricted gradient
     scope: str = "full"
     images: str = "target"
-    truncate: float = 1.5  # above it the forget loss is divided by its own value
+    truncate: float = 1.5  # above it the forget loss is truncated
+    truncated: str = "rescale"  # what becomes of its gradient there: rescale (divided by the loss) or skip (nothing)
     forget: bool = True  # False: descent on the rest alone (Finetune)
     diverse: bool = False  # True: RGD
 
@@ -72,6 +75,7 @@ class RG(Anchored):
     name = "RG"
     takes_anchor = False
     couples = "the truncation looks at the loss of the whole batch"
+    choices = Anchored.choices | {"truncated": TRUNCATED}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: RGConfig, cache=None, callback=None):
         if config.truncate <= 0: raise ValueError(f"truncate = {config.truncate}; a positive loss is needed, such as 1.5")
         if config.images not in ("target", "both"): raise ValueError(f"images = {config.images}; ascent needs images of the target: target or both")
@@ -89,11 +93,11 @@ class RG(Anchored):
         b, r = batch
         if not self.config.forget: return F.mse_loss(self.eps(r), r.eps)
         loss = F.mse_loss(self.eps(b), b.eps)
-        return -loss / loss.detach() if loss > self.config.truncate else -loss
+        return -loss if loss <= self.config.truncate else -loss / loss.detach() if self.config.truncated == "rescale" else -1 + 0 * loss
 
     def retaining_loss(self, batch):
         return super().retaining_loss(batch) if self.config.forget else None
 
-PRESETS = {"paper": {}, "rgd": dict(diverse=True), "graddiff": dict(combiner="sum"), "finetune": dict(forget=False, combiner="sum")}
+PRESETS = {"paper": {}, "released": dict(truncated="skip", truncate=1.1), "rgd": dict(diverse=True), "graddiff": dict(combiner="sum"), "finetune": dict(forget=False, combiner="sum")}
 
 defaults = defaults_for(RGConfig(), dict(scope="xattn-kv", lr=1e-3, lr_schedule="cosine", iterations=200, num_images=96, weight=5., truncate=.5), PRESETS)
