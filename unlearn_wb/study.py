@@ -83,7 +83,7 @@ KEYS = ["variant", "concept", "seed"]
 def read_study(path: str | Path):
     "The runs so far; empty when there is no file yet."
     import pandas as pd
-    return pd.read_csv(path) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "judge"])
+    return pd.read_csv(path, dtype={"judge": str}) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "judge"])
 
 @contextmanager
 def alone(folder: Path):
