@@ -376,8 +376,9 @@ def mixed(z: torch.Tensor, g: torch.Generator) -> torch.Tensor:
 
 def rubble(z: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     "Latents (B,4,16,16) that show nothing, as broken models paint them: random fields of any strength and colour, in which scenes `z` are drowned, if they are there at all."
-    u = torch.rand(len(z), 3, 1, 1, 1, generator=g)
-    return (.1 + 2.4 * u[:, 0]) * (smooth(z.shape, g) + .25 * u[:, 2] * z) + 3 * u[:, 1] * torch.randn(len(z), 4, 1, 1, generator=g)
+    u, field = torch.rand(len(z), 3, 1, 1, 1, generator=g), smooth(z.shape, g)
+    trace = .25 * u[:, 2] * field.std((2, 3), keepdim=True).mean(1, keepdim=True) * z  # on a plain colour nothing drowns, so nothing is there
+    return (.1 + 2.4 * u[:, 0]) * (field + trace) + 3 * u[:, 1] * torch.randn(len(z), 4, 1, 1, generator=g)
 
 # %% ../nbs/lib/02_sandbox.ipynb #c028
 MAX_TOKENS = 32
