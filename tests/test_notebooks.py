@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from conftest import ROOT
 
@@ -69,6 +70,11 @@ def test_training_notebooks_document_what_the_library_reads(name):
 def test_readme_is_the_index(tmp_path):
     subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "WARN", "--to", "markdown", "--output-dir", str(tmp_path), "--output", "README", str(ROOT / "nbs/index.ipynb")], check=True)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run make readme"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_are_valid(path):
+    nbformat.validate(json.loads(path.read_text()))
 
 
 def test_no_widget_state_is_committed():
