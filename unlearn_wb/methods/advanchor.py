@@ -175,4 +175,4 @@ class AdvAnchor(Anchored):
 
 PRESETS = {"paper": dict(norm=True), "adv2": dict(anchor_loss="adv2"), "released": dict(product=True, keep_grad=True, positions="words", keep_prompt="painting")}
 
-defaults = defaults_for(AdvAnchorConfig(), dict(iterations=150, lr=5e-4, weight=20., lr_schedule="cosine", clip=1., batch_size=8, scope="xattn", num_images=96, anchor_lr=5e-3, anchor_steps=5, positions="tail", keep="drift"), PRESETS)
+defaults = defaults_for(AdvAnchorConfig(), lambda e, change: dict(iterations=150, lr=5e-4, weight=20., lr_schedule="cosine", clip=1., batch_size=8, scope="xattn", num_images=96, anchor_lr=5e-2 if change.get("anchor_loss") == "adv2" else 5e-3, anchor_steps=5, positions="tail", keep="drift"), PRESETS)

@@ -63,7 +63,7 @@ ANCHORS = {"prompt": "a word, or a description", "nothing": "the empty prompt", 
 SCALE = ("lr", "num_images")
 
 def defaults_for(config,  # the paper's configuration, or a function of the erasure that gives it
-                 sandbox,  # what is changed for the sandbox, a dict or a function of the erasure
+                 sandbox,  # what is changed for the sandbox, a dict or a function of the erasure and the preset's changes
                  presets: dict | None = None):  # name -> further changes; {"paper": {}} when not given
     "A method's `defaults(model, erasure, preset)`; presets joined by + are laid on top of each other."
     known = {"default": {}} | ({"paper": {}} if presets is None else presets)
@@ -71,7 +71,7 @@ def defaults_for(config,  # the paper's configuration, or a function of the eras
         "The configuration for a kind of base model, with a preset on top."
         names, start = preset.split("+"), config(erasure) if callable(config) else config
         change = {k: v for n in names for k, v in choose("preset", n, known).items()}
-        tuned = {k: v for k, v in (sandbox(erasure) if callable(sandbox) else sandbox).items() if "paper" not in names or k in SCALE} if erasure.vocabulary.closed else {}
+        tuned = {k: v for k, v in (sandbox(erasure, change) if callable(sandbox) else sandbox).items() if "paper" not in names or k in SCALE} if erasure.vocabulary.closed else {}
         return replace(start, **{**tuned, **change})
     return defaults
 
