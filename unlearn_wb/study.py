@@ -4,9 +4,11 @@
 
 # %% ../nbs/lib/15_study.ipynb #c002
 from __future__ import annotations
-import fcntl, os, tempfile, time
+import fcntl, json, os, tempfile, time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache as once
+from hashlib import sha256
 from pathlib import Path
 from typing import Callable
 import numpy as np
@@ -22,8 +24,8 @@ from .scopes import choose
 from .workbench import read_options
 
 # %% auto #0
-__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'build', 'outcome', 'read_study', 'alone', 'fill', 'share', 'side_by_side',
-           'by_concept', 'reaches', 'paired', 'claim_holds']
+__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'outcome', 'read_study', 'read_settings',
+           'same', 'stale', 'alone', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -35,14 +37,32 @@ def read_variant(variant: str) -> tuple[str, str, str, str]:
     parts = {k.strip(): v.strip() for k, _, v in (x.partition("=") for x in options.split(",") if x.strip())}
     return name, parts.pop("anchor", ""), parts.pop("preset", "default"), ", ".join(f"{k}={v}" for k, v in parts.items())
 
+def configure(variant: str, model: Denoiser, erasure: Erasure, **given):
+    "The configuration of a variant; its own options win over those given."
+    name, _, preset, options = read_variant(variant)
+    config = METHODS[name].defaults(model, erasure, preset)
+    return replace(config, **(given | read_options(options, config)))
+
+@once
+def _sandbox():
+    model = Denoiser.load(device="cpu")
+    return model, Erasure.find(model, "Van Gogh"), SandboxJudge(judge_for(model)).version
+
+def settings(variant: str) -> dict:
+    "What decides a run of a variant on the sandbox, whatever the concept: method, anchor, every option but the seed and what depends on the device, the fingerprints of the original and the judge."
+    name, anchor, _, _ = read_variant(variant)
+    model, erasure, judge = _sandbox()
+    options = {} if name == REFERENCE else asdict(configure(variant, model, erasure))
+    for k in ("seed", "precision"): options.pop(k, None)
+    return json.loads(json.dumps(dict(method=name, anchor=anchor, original=model.base_hash, judge=judge) | options, default=str))
+
 def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None, device: str = "cpu"):
     "The method of a variant, ready to train. Returns it and its erasures."
-    name, anchor, preset, options = read_variant(variant)
+    name, anchor, _, _ = read_variant(variant)
     model = Denoiser.load(device=device)
     erasures = Erasure.find_all(model, concept, anchor)
     if anchor: erasures = [replace(e, retained=tuple(r for r in plain.retained if r != e.anchor)) for e, plain in zip(erasures, Erasure.find_all(model, concept))]  # the same ones whatever the anchor
-    config = METHODS[name].defaults(model, erasures[0], preset)
-    config = replace(config, **({"seed": seed, "precision": default_precision(device)} | read_options(options, config)))
+    config = configure(variant, model, erasures[0], seed=seed, precision=default_precision(device))
     return METHODS[name].make(model, erasures, config, cache), erasures
 
 def outcome(variant: str, concept: str, seed: int = 0,
@@ -83,7 +103,22 @@ KEYS = ["variant", "concept", "seed"]
 def read_study(path: str | Path):
     "The runs so far; empty when there is no file yet."
     import pandas as pd
-    return pd.read_csv(path, dtype={"judge": str}) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "judge"])
+    return pd.read_csv(path, dtype={"judge": str}) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "judge", "settings"])
+
+def read_settings(path: str | Path) -> dict[str, dict]:
+    "What the runs of a study were made with: fingerprint (the table's column `settings`) -> settings."
+    path = Path(path).with_suffix(".settings.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+def same(then: dict | None, now: dict) -> bool:
+    "Whether a run with these settings would be the same today. Options that did not exist then do not count."
+    return then is not None and all(now.get(k, v) == v for k, v in then.items())
+
+def stale(path: str | Path) -> list[tuple]:
+    "The runs (variant, concept, seed) of a study that `fill` would do again: their defaults, the original or the judge are no longer what they were."
+    known, now = read_settings(path), once(settings)
+    runs = read_study(path).drop_duplicates(KEYS)
+    return [tuple(run) for *run, key in runs[[*KEYS, "settings"]].itertuples(index=False) if not same(known.get(key), now(run[0]))]
 
 @contextmanager
 def alone(folder: Path):
@@ -96,21 +131,29 @@ def alone(folder: Path):
 
 def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback: Callable | None = print,
          backwards: bool = False,  # from the end of the list: for a second process
-         **settings):
-    "Run the jobs (variant, concept, seed) that the file lacks, adding each one's rows when it ends. The whole table."
+         settled: Callable = settings,  # variant -> what decides its runs
+         **given):
+    "Run the jobs (variant, concept, seed) that the file lacks or holds with other settings, putting each one's rows there when it ends. The whole table."
     import pandas as pd
-    path, began, did = Path(path), time.time(), 0
+    path, began, did, now = Path(path), time.time(), 0, once(settled)
+    theirs = lambda table, job: (table[KEYS].astype(str) == list(map(str, job))).all(axis=1)
     for k, job in enumerate(jobs[::-1] if backwards else jobs):
-        table = read_study(path)
-        if (table[KEYS].astype(str) == list(map(str, job))).all(axis=1).any(): continue
-        rows = run(*job, **settings)
+        table, known = read_study(path), read_settings(path)
+        there = table[theirs(table, job)]
+        if len(there) and all(same(known.get(key), now(job[0])) for key in there.settings): continue
+        rows = run(*job, **given)
         if rows is None: continue
-        rows = rows.assign(**dict(zip(KEYS, job)))
+        key = sha256(json.dumps(now(job[0]), sort_keys=True).encode()).hexdigest()[:12]
+        rows = rows.assign(**dict(zip(KEYS, job)), settings=key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path.parent):
-            table = read_study(path)  # others may have written meanwhile
+            table, known = read_study(path), read_settings(path) | {key: now(job[0])}  # others may have written meanwhile
+            table = table[~theirs(table, job)]
             table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
             part = path.with_suffix(".part")
+            used = sorted(set(table.settings.dropna()) & set(known))  # ahead of the table, so that no row is without its settings
+            part.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(known[k], sort_keys=True)}' for k in used) + "\n}\n")
+            part.replace(path.with_suffix(".settings.json"))
             table[KEYS + [c for c in table if c not in KEYS]].to_csv(part, index=False, float_format="%.5g")
             part.replace(path)
         did += 1
