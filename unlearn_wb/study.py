@@ -116,9 +116,9 @@ def same(then: dict | None, now: dict) -> bool:
 
 def stale(path: str | Path) -> list[tuple]:
     "The runs (variant, concept, seed) of a study that `fill` would do again: their defaults, the original or the judge are no longer what they were."
-    known, now = read_settings(path), once(settings)
-    runs = read_study(path).drop_duplicates(KEYS)
-    return [tuple(run) for *run, key in runs[[*KEYS, "settings"]].itertuples(index=False) if not same(known.get(key), now(run[0]))]
+    known, runs = read_settings(path), read_study(path).drop_duplicates(KEYS)
+    now = {v: settings(v) for v in runs.variant.unique()}
+    return [tuple(run) for *run, key in runs[[*KEYS, "settings"]].itertuples(index=False) if not same(known.get(key), now[run[0]])]
 
 @contextmanager
 def alone(folder: Path):
@@ -135,19 +135,19 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
          **given):
     "Run the jobs (variant, concept, seed) that the file lacks or holds with other settings, putting each one's rows there when it ends. The whole table."
     import pandas as pd
-    path, began, did, now = Path(path), time.time(), 0, once(settled)
+    path, began, did, now = Path(path), time.time(), 0, {v: settled(v) for v, _, _ in jobs}  # a wrong variant is refused before anything runs
     theirs = lambda table, job: (table[KEYS].astype(str) == list(map(str, job))).all(axis=1)
     for k, job in enumerate(jobs[::-1] if backwards else jobs):
         table, known = read_study(path), read_settings(path)
         there = table[theirs(table, job)]
-        if len(there) and all(same(known.get(key), now(job[0])) for key in there.settings): continue
+        if len(there) and all(same(known.get(key), now[job[0]]) for key in there.settings): continue
         rows = run(*job, **given)
         if rows is None: continue
-        key = sha256(json.dumps(now(job[0]), sort_keys=True).encode()).hexdigest()[:12]
+        key = sha256(json.dumps(now[job[0]], sort_keys=True).encode()).hexdigest()[:12]
         rows = rows.assign(**dict(zip(KEYS, job)), settings=key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path.parent):
-            table, known = read_study(path), read_settings(path) | {key: now(job[0])}  # others may have written meanwhile
+            table, known = read_study(path), read_settings(path) | {key: now[job[0]]}  # others may have written meanwhile
             table = table[~theirs(table, job)]
             table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
             part = path.with_suffix(".part")
