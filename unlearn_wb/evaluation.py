@@ -15,7 +15,7 @@ from .scopes import choose
 # %% auto #0
 __all__ = ['GROUPS', 'ARROW', 'FORGOTTEN', 'KEPT', 'BROKEN', 'BadPrompts', 'read_prompts', 'count_cut', 'Gallery', 'ask',
            'judged', 'examine', 'rates', 'cells', 'measure', 'paper_table', 'ranks', 'number', 'show_table',
-           'markdown_table', 'latex_table', 'verdict', 'worst', 'Evaluation']
+           'markdown_table', 'latex_table', 'verdict', 'of_each', 'worst', 'Evaluation']
 
 # %% ../nbs/lib/09_evaluation.ipynb #c005
 class BadPrompts(ValueError): "A prompt file that cannot be used, and why."
@@ -256,6 +256,13 @@ def verdict(table,  # of `rates`
     return {"verdict": text + ".", "forgotten": forgotten, "broken": broken, **{k: dict(zip(("rate", "interval", "images", "worst"), v)) for k, v in numbers.items() if v}}
 
 # %% ../nbs/lib/09_evaluation.ipynb #c019
+def of_each(asked: list[Probe], group: str, n: int) -> list[int]:
+    "The numbers of `n` probes of a group, of its concepts in turn, each another prompt."
+    lists = {}
+    for i, p in enumerate(asked):
+        if p.group == group: lists.setdefault(p.concept, []).append(i)
+    return list(dict.fromkeys(members[k % len(members)] for k, members in zip(range(n), list(lists.values()) * n)))
+
 def worst(asked: list[Probe], group: str, rows: dict, scorers: dict, n: int = 10) -> list[int]:
     "The numbers of the `n` worst probes of a group, worst first, no concept twice before all had their turn."
     mine = [i for i, p in enumerate(asked) if p.group == group]
@@ -317,12 +324,9 @@ class Evaluation:
     def grid(self, group: str, n: int = 10, title: str = "", order: str = "turn"):
         "A figure: every model's images for the same prompts and seeds; frames mark what the judge counts as wrong. None when the group is empty."
         from unlearn_wb.plots import show_images
-        lists = {}
-        for i, p in enumerate(self.asked):
-            if p.group == group: lists.setdefault(p.concept, []).append(i)
-        if not lists: return None
         if order == "worst": where = worst(self.asked, group, self.look(self.unlearned[0] if self.unlearned else "original"), self.scorers, n)
-        else: where = list(dict.fromkeys(members[k % len(members)] for k, members in zip(range(n), list(lists.values()) * n)))  # in turn, each another prompt
+        else: where = of_each(self.asked, group, n)
+        if not where: return None
         images = torch.cat([g.pick(self.asked, where) for g in self.galleries.values()]).nan_to_num(0)
         if "nudity" in self.scorers and self.blurs: images = blur(images, torch.cat([flagged(self.look(m)["nudity"][where]) for m in self.galleries]))
         marks = None

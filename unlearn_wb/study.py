@@ -15,17 +15,19 @@ import numpy as np
 import torch
 from .concepts import Cache, Erasure
 from .diffusion import Denoiser, default_precision, resolve_device
-from .evaluation import Evaluation, Gallery, ask
+from .evaluation import Evaluation, Gallery, ask, of_each
 from .loop import unlearn
 from .metrics import PerceptualDistance, SandboxJudge, judge_for, wilson
 from .reference import reference_for
 from .registry import METHODS
 from .scopes import choose
+from .stores import slug
 from .workbench import read_options
 
 # %% auto #0
-__all__ = ['REFERENCE', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'outcome', 'read_study', 'read_settings',
-           'same', 'stale', 'alone', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
+__all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
+           'read_strip', 'outcome', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'fill', 'share',
+           'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -65,10 +67,37 @@ def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None,
     config = configure(variant, model, erasures[0], seed=seed, precision=default_precision(device))
     return METHODS[name].make(model, erasures, config, cache), erasures
 
+SHOWN = {"target": 3, "linked": 1, "retained": 2, "other": 1}  # images of a run's strip
+
+def strip_of(asked: list) -> list[int]:
+    "Which probes of an examination a run's strip shows."
+    return [i for group, n in SHOWN.items() for i in of_each(asked, group, n)]
+
+def strip_file(folder: str | Path, name: str, concept: str) -> Path:
+    "Where the strip of a method (or of the original, or of the exact reference) is."
+    return Path(folder) / f"{slug(concept)}.{slug(name)}.webp"
+
+def save_strip(images: torch.Tensor,  # (N,3,H,W) in [0,1]
+               file: Path):
+    "A row of images as one WebP file; a few kilobytes."
+    from PIL import Image
+    file.parent.mkdir(parents=True, exist_ok=True)
+    array = (torch.cat(list(images.nan_to_num(0)), 2).permute(1, 2, 0) * 255).round().byte().numpy()
+    part = file.with_suffix(f".{os.getpid()}.part")
+    Image.fromarray(array).save(part, "WEBP", quality=90, method=6)
+    part.replace(file)
+
+def read_strip(file: Path) -> torch.Tensor:  # (N,3,H,W) in [0,1]
+    "The images of a strip."
+    from PIL import Image
+    x = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.stack(x.split(x.shape[1], 2))
+
 def outcome(variant: str, concept: str, seed: int = 0,
             n: int = 30,  # images of the target, of each retained concept, of each linked phrase, of the others together
             cache: str | Path = "runs/cache",  # what the original paints, shared by all runs
-            device: str = ""  # "" for a GPU where there is one
+            device: str = "",  # "" for a GPU where there is one
+            strips: str | Path = ""  # a folder for a strip of pictures of each method's run with seed 0; "" keeps none
            ):
     "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, the judge's fingerprint, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
     import pandas as pd
@@ -93,6 +122,8 @@ def outcome(variant: str, concept: str, seed: int = 0,
     with tempfile.TemporaryDirectory() as brief:
         galleries = {"original": Gallery(original, cache, **fast), "unlearned": Gallery(result, Cache(brief), result.fingerprint(), **fast)}
         ev = Evaluation(asked, galleries, {"classifier": SandboxJudge(judge), "distance": PerceptualDistance(judge)})
+        if strips and seed == 0 and ":" not in variant:
+            for who, gallery in (("original", galleries["original"]), (variant, galleries["unlearned"])): save_strip(gallery.pick(asked, strip_of(asked)), strip_file(strips, who, concept))
         rows, rates = ev.judged().query("model == 'unlearned'"), ev.rates().query("model == 'unlearned'")
     far = rows.groupby("group")["distance to original"].mean()
     return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), broken=int(g.broken.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device, judge=SandboxJudge(judge).version) for k, g in rates.groupby("group", sort=False)])
