@@ -26,8 +26,8 @@ from .workbench import read_options
 
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
-           'read_strip', 'outcome', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'fill', 'share',
-           'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
+           'read_strip', 'show_strips', 'outcome', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'fill',
+           'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -92,6 +92,14 @@ def read_strip(file: Path) -> torch.Tensor:  # (N,3,H,W) in [0,1]
     from PIL import Image
     x = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1).float() / 255
     return torch.stack(x.split(x.shape[1], 2))
+
+def show_strips(folder: str | Path, concept: str, names: dict[str, str]):  # method -> what its row is called
+    "A figure: the strips of the original and of the methods that have one, over their prompts. None where there is none."
+    from unlearn_wb.plots import show_images
+    rows = {title: file for name, title in {"original": "original", **names}.items() if (file := strip_file(folder, name, concept)).exists()}
+    if not rows: return None
+    asked = ask(Erasure.find_all(_sandbox()[0], concept), 4)
+    return show_images(torch.cat([read_strip(file) for file in rows.values()]), list(rows), [f"{asked[i].group}:\n{asked[i].prompt}" for i in strip_of(asked)], size=.8)
 
 def outcome(variant: str, concept: str, seed: int = 0,
             n: int = 30,  # images of the target, of each retained concept, of each linked phrase, of the others together
