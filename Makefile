@@ -42,10 +42,11 @@ lessons: $(READY)  ## run the literate notebooks and keep their outputs
 	$(BIN)/python -c 'import sys; from unlearn_wb.docs_site import shrink_notebook; [shrink_notebook(p) for p in sys.argv[1:]]' nbs/*.ipynb nbs/lib/*.ipynb nbs/methods/*.ipynb
 	$(BIN)/nbdev_clean
 
-pictures: demo  ## the pictures of the README, from the demo's run
+pictures: demo  ## the pictures of the README, from the demo's run and the table of all methods
 	@mkdir -p nbs/images
 	cp $(DEMO)/images/grid-target.png nbs/images/before-after.png
 	cp $(DEMO)/images/grid-linked.png nbs/images/starry-night.png
+	$(BIN)/python -c 'from unlearn_wb.study import poster; poster("data/results/sandbox", "Snoopy").savefig("nbs/images/methods.png", dpi=90)'
 	UNLEARN_WB_NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/browser/test_explore.py -k choose
 	cp tests/browser/screenshots/readme.png nbs/images/explorer.png
 

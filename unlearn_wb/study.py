@@ -26,8 +26,8 @@ from .workbench import read_options
 
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
-           'read_strip', 'show_strips', 'outcome', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'fill',
-           'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
+           'read_strip', 'strips', 'show_strips', 'poster', 'outcome', 'read_study', 'read_settings', 'same', 'stale',
+           'alone', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -93,13 +93,32 @@ def read_strip(file: Path) -> torch.Tensor:  # (N,3,H,W) in [0,1]
     x = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1).float() / 255
     return torch.stack(x.split(x.shape[1], 2))
 
-def show_strips(folder: str | Path, concept: str, names: dict[str, str]):  # method -> what its row is called
-    "A figure: the strips of the original and of the methods that have one, over their prompts. None where there is none."
-    from unlearn_wb.plots import show_images
-    rows = {title: file for name, title in {"original": "original", **names}.items() if (file := strip_file(folder, name, concept)).exists()}
-    if not rows: return None
+def strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], list]:
+    "The strips of the original, of the methods that have one and of the exact reference, by their titles; and the probes they show."
+    names = {"original": "original"} | {k: m.title.replace(" (reconstruction)", "") for k, m in METHODS.items()} | {REFERENCE: REFERENCE}
+    held = {title: read_strip(file) for name, title in names.items() if (file := strip_file(folder, name, concept)).exists()}
     asked = ask(Erasure.find_all(_sandbox()[0], concept), 4)
-    return show_images(torch.cat([read_strip(file) for file in rows.values()]), list(rows), [f"{asked[i].group}:\n{asked[i].prompt}" for i in strip_of(asked)], size=.8)
+    return held, [asked[i] for i in strip_of(asked)]
+
+def show_strips(folder: str | Path, concept: str):
+    "A figure: a row a method, a column a prompt. None where there are no strips."
+    from unlearn_wb.plots import show_images
+    held, probes = strips(folder, concept)
+    return show_images(torch.cat(list(held.values())), list(held), [f"{p.group}:\n{p.prompt}" for p in probes], size=.8) if held else None
+
+def poster(folder: str | Path, concept: str, across: int = 11):
+    "The same the other way round, one prompt of each group: a column a method, `across` of them side by side. None where there are no strips."
+    from textwrap import wrap
+    from unlearn_wb.plots import show_images
+    held, probes = strips(folder, concept)
+    if not held: return None
+    first = [next(i for i, p in enumerate(probes) if p.group == g) for g in dict.fromkeys(p.group for p in probes)]
+    blocks = [list(held)[i:i + across] for i in range(0, len(held), across)]
+    white = torch.ones_like(next(iter(held.values())))
+    fig = show_images(torch.stack([(held[b[k]] if k < len(b) else white)[i] for b in blocks for i in first for k in range(across)]), [f"{probes[i].group}:\n{probes[i].prompt}" for _ in blocks for i in first], size=.8)
+    for b, block in enumerate(blocks):
+        for ax, name in zip(fig.axes[b * len(first) * across:], block): ax.set_title("\n".join(wrap(name, 13)), fontsize=7)
+    return fig
 
 def outcome(variant: str, concept: str, seed: int = 0,
             n: int = 30,  # images of the target, of each retained concept, of each linked phrase, of the others together
