@@ -80,3 +80,17 @@ def test_notebooks_are_valid(path):
 def test_no_widget_state_is_committed():
     for p in (ROOT / "nbs").rglob("*.ipynb"):
         assert "widgets" not in json.loads(p.read_text())["metadata"], p
+
+
+def test_table_of_methods_is_filled_under_papermill(tmp_path):
+    import pandas as pd
+    line = [sys.executable, "-m", "papermill", str(ROOT / "nbs/reproduce_sandbox.ipynb"), "out.ipynb", "--no-progress-bar"]
+    values = dict(run="uce; exact reference", concepts="Van Gogh", eval_images="2", out_file="mine/table.csv", cache_dir="cache", device="cpu")
+    p = subprocess.run([*line, *(x for k, v in values.items() for x in ("-p", k, v))], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-2000:]
+    table = pd.read_csv(tmp_path / "mine/table.csv")
+    assert list(table.variant.unique()) == ["uce", "exact reference"] and (table[table.group == "target"].hits == 0).all()
+    assert sorted(f.name for f in (tmp_path / "mine/table").iterdir()) == [f"van-gogh.{k}.webp" for k in ("exact-reference", "original", "uce")]
+    assert "Van Gogh" in (tmp_path / "out.ipynb").read_text() and not list(tmp_path.rglob("*.part"))
+    p = subprocess.run([*line, "-p", "run", "uec"], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode and "did you mean 'uce'" in p.stderr
