@@ -10,7 +10,7 @@ from .stores import slug
 
 # %% auto #0
 __all__ = ['PAGES', 'HOME', 'CONF', 'CSS', 'directives', 'exported', 'spoken', 'reference', 'module_of', 'find_symbols',
-           'link_names', 'page_of', 'setup', 'heading', 'build', 'faults', 'shrink', 'shrink_notebook']
+           'link_names', 'page_of', 'setup', 'heading', 'build', 'faults', 'shrink', 'shrink_html', 'shrink_notebook']
 
 # %% ../nbs/lib/17_site.ipynb #c005
 PAGES = {  # caption -> pages, by their place under nbs/
@@ -266,6 +266,16 @@ def shrink(data: bytes, colours: int = 256) -> bytes:
     picture.convert("RGBA").quantize(colours, method=Image.Quantize.FASTOCTREE).save(out, format="PNG", optimize=True)
     return min(data, out.getvalue(), key=len)
 
+def shrink_html(text: str, least: int = 30_000) -> str:
+    "Large PNGs within HTML as WebP, which browsers read."
+    import base64, io
+    from PIL import Image
+    def smaller(m):
+        out = io.BytesIO()
+        Image.open(io.BytesIO(base64.b64decode(m[1]))).convert("RGB").save(out, "WEBP", quality=88, method=6)
+        return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+    return re.sub(r"data:image/png;base64,([A-Za-z0-9+/=]{%d,})" % least, smaller, text)
+
 def shrink_notebook(path: str | Path):
     "Shrink the pictures in a notebook's outputs, in place."
     import base64
@@ -274,4 +284,5 @@ def shrink_notebook(path: str | Path):
     for cell in nb["cells"]:
         for o in cell.get("outputs", []):
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = base64.b64encode(shrink(base64.b64decode("".join(o["data"]["image/png"])))).decode()
+            if "text/html" in o.get("data", {}): o["data"]["text/html"] = shrink_html("".join(o["data"]["text/html"])).splitlines(True)
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
