@@ -208,7 +208,7 @@ def build(nbs: str | Path = "nbs", out: str | Path = "_docs", report=print) -> P
         if page == "index": made["cells"].append({"cell_type": "markdown", "metadata": {}, "source": "```{toctree}\n:hidden:\n\n" + "\n".join(slug(c) for c in PAGES) + "\n```", "id": "tree"})
         (src / page).parent.mkdir(parents=True, exist_ok=True)
         (src / f"{page}.ipynb").write_text(json.dumps(made))
-    for picture in nbs.rglob("images/*.png"):
+    for picture in nbs.rglob("images/*.*"):
         (src / picture.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, src / picture.relative_to(nbs))
     first = lambda o: " ".join((inspect.getdoc(o) or "").split()) if callable(o) else ""

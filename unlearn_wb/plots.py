@@ -168,14 +168,16 @@ def plot_methods(table, ax=None):
     names = list(dict.fromkeys(table.method))[::-1]
     ax = ax or plt.subplots(figsize=(8, .3 * len(names) + 1), layout="constrained")[1]
     for group, marker, colour, dy in (("target", "o", COLOURS["u"], .2), ("linked", "D", "#cc79a7", 0), ("retained", "s", COLOURS["r"], -.2)):
+        label = group
         for i, name in enumerate(names):
             part = table[(table.method == name) & (table.group == group)]
             k, n = int(part.hits.sum()), int(part.n.sum())
             if not n: continue
             low, high = wilson(k, n)
-            ax.errorbar(100 * k / n, i + dy, xerr=[[100 * (k / n - low)], [100 * (high - k / n)]], fmt=marker, c=colour, ms=5, capsize=2, label=group if i == 0 else None)
+            ax.errorbar(100 * k / n, i + dy, xerr=[[100 * (k / n - low)], [100 * (high - k / n)]], fmt=marker, c=colour, ms=5, capsize=2, label=label)
+            label = None
     ax.set(yticks=range(len(names)), yticklabels=names, xlim=(-3, 103), xlabel="images in which the judge sees the concept (%)")
-    ax.grid(axis="x", alpha=.3); ax.legend(frameon=False, fontsize=8, loc="upper center", ncols=3, bbox_to_anchor=(.45, 1 + .5 / (len(names) + 1)))
+    ax.grid(axis="x", alpha=.3); ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=3, bbox_to_anchor=(.5, 1))
     return ax.figure
 
 def plot_board(table, ax=None):

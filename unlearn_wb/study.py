@@ -104,7 +104,7 @@ def show_strips(folder: str | Path, concept: str):
     "A figure: a row a method, a column a prompt. None where there are no strips."
     from unlearn_wb.plots import show_images
     held, probes = strips(folder, concept)
-    return show_images(torch.cat(list(held.values())), list(held), [f"{p.group}:\n{p.prompt}" for p in probes], size=.8) if held else None
+    return show_images(torch.cat(list(held.values())), list(held), [f"{p.group}:\n{p.prompt}" for p in probes]) if held else None
 
 def poster(folder: str | Path, concept: str, across: int = 11):
     "The same the other way round, one prompt of each group: a column a method, `across` of them side by side. None where there are no strips."
