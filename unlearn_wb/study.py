@@ -257,9 +257,10 @@ def paired(table, a: str, b: str, group: str, what: str = "rate") -> np.ndarray:
     return (values(a) - values(b)).dropna().to_numpy(float)
 
 def claim_holds(differences: np.ndarray, sign: int, draws: int = 4000) -> tuple[str, tuple[float, float]]:
-    "Whether a difference has the claimed sign: 'holds', 'does not hold', 'open' or 'not measured', with the bootstrap's 95 % interval of the mean."
+    "Whether a difference has the claimed sign: 'holds', 'does not hold', 'open', 'too few pairs' (under five: chance alone gives as few one sign too often) or 'not measured', with the bootstrap's 95 % interval of the mean."
     d = np.asarray(differences, float)
     if len(d) < 2: return "not measured", (np.nan, np.nan)
     low, high = np.percentile(d[np.random.default_rng(0).integers(len(d), size=(draws, len(d)))].mean(1), [2.5, 97.5])
+    if len(d) < 5: return "too few pairs", (low, high)
     if low <= 0 <= high: return "open", (low, high)
     return "holds" if (low > 0) == (sign > 0) else "does not hold", (low, high)
