@@ -91,6 +91,8 @@ def test_table_of_methods_is_filled_under_papermill(tmp_path):
     table = pd.read_csv(tmp_path / "mine/table.csv")
     assert list(table.variant.unique()) == ["uce", "exact reference"] and (table[table.group == "target"].hits == 0).all()
     assert sorted(f.name for f in (tmp_path / "mine/table").iterdir()) == [f"van-gogh.{k}.webp" for k in ("exact-reference", "original", "uce")]
-    assert "Van Gogh" in (tmp_path / "out.ipynb").read_text() and not list(tmp_path.rglob("*.part"))
+    shown = "".join("".join(o["data"].get("text/html", "")) for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"] for o in c.get("outputs", []) if "data" in o)
+    assert "<output>Van Gogh</output>" in shown and "exact reference" in shown, "the slider of strips, the tables"
+    assert not list(tmp_path.rglob("*.part"))
     p = subprocess.run([*line, "-p", "run", "uec"], cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode and "did you mean 'uce'" in p.stderr

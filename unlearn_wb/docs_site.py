@@ -267,13 +267,13 @@ def shrink(data: bytes, colours: int = 256) -> bytes:
     return min(data, out.getvalue(), key=len)
 
 def shrink_html(text: str, least: int = 30_000) -> str:
-    "Large PNGs within HTML as WebP, which browsers read."
+    "Large PNGs within HTML as WebP, which browsers read, where that is smaller."
     import base64, io
     from PIL import Image
     def smaller(m):
         out = io.BytesIO()
-        Image.open(io.BytesIO(base64.b64decode(m[1]))).convert("RGB").save(out, "WEBP", quality=88, method=6)
-        return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+        Image.open(io.BytesIO(base64.b64decode(m[1]))).convert("RGBA").save(out, "WEBP", quality=88, method=6)
+        return min(m[0], "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode(), key=len)
     return re.sub(r"data:image/png;base64,([A-Za-z0-9+/=]{%d,})" % least, smaller, text)
 
 def shrink_notebook(path: str | Path):

@@ -26,8 +26,8 @@ from .workbench import read_options
 
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
-           'read_strip', 'strips', 'show_strips', 'poster', 'outcome', 'read_study', 'read_settings', 'same', 'stale',
-           'alone', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
+           'read_strip', 'read_strips', 'show_strips', 'poster', 'outcome', 'read_study', 'read_settings', 'same',
+           'stale', 'alone', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -51,7 +51,7 @@ def _sandbox():
     return model, Erasure.find(model, "Van Gogh"), SandboxJudge(judge_for(model)).version
 
 def settings(variant: str) -> dict:
-    "What decides a run of a variant on the sandbox, whatever the concept: method, anchor, every option but the seed and what depends on the device, the fingerprints of the original and the judge."
+    "What decides a run of a variant on the sandbox, whatever the concept: method, anchor, every option but the seed and what depends on the device, the fingerprints of the original and the judge. An option that depends on the kind of concept is given as for a style."
     name, anchor, _, _ = read_variant(variant)
     model, erasure, judge = _sandbox()
     options = {} if name == REFERENCE else asdict(configure(variant, model, erasure))
@@ -93,7 +93,7 @@ def read_strip(file: Path) -> torch.Tensor:  # (N,3,H,W) in [0,1]
     x = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1).float() / 255
     return torch.stack(x.split(x.shape[1], 2))
 
-def strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], list]:
+def read_strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], list]:
     "The strips of the original, of the methods that have one and of the exact reference, by their titles; and the probes they show."
     names = {"original": "original"} | {k: m.title.replace(" (reconstruction)", "") for k, m in METHODS.items()} | {REFERENCE: REFERENCE}
     held = {title: read_strip(file) for name, title in names.items() if (file := strip_file(folder, name, concept)).exists()}
@@ -103,14 +103,14 @@ def strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], l
 def show_strips(folder: str | Path, concept: str):
     "A figure: a row a method, a column a prompt. None where there are no strips."
     from unlearn_wb.plots import show_images
-    held, probes = strips(folder, concept)
+    held, probes = read_strips(folder, concept)
     return show_images(torch.cat(list(held.values())), list(held), [f"{p.group}:\n{p.prompt}" for p in probes]) if held else None
 
 def poster(folder: str | Path, concept: str, across: int = 11):
     "The same the other way round, one prompt of each group: a column a method, `across` of them side by side. None where there are no strips."
     from textwrap import wrap
     from unlearn_wb.plots import show_images
-    held, probes = strips(folder, concept)
+    held, probes = read_strips(folder, concept)
     if not held: return None
     first = [next(i for i, p in enumerate(probes) if p.group == g) for g in dict.fromkeys(p.group for p in probes)]
     blocks = [list(held)[i:i + across] for i in range(0, len(held), across)]
@@ -161,7 +161,9 @@ KEYS = ["variant", "concept", "seed"]
 def read_study(path: str | Path):
     "The runs so far; empty when there is no file yet."
     import pandas as pd
-    return pd.read_csv(path, dtype={"judge": str}) if Path(path).exists() else pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "judge", "settings"])
+    if not Path(path).exists(): return pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "judge", "settings"])
+    table = pd.read_csv(path, dtype={"judge": str})
+    return table if "settings" in table else table.assign(settings=None)  # of before there were any: old, all of it
 
 def read_settings(path: str | Path) -> dict[str, dict]:
     "What the runs of a study were made with: fingerprint (the table's column `settings`) -> settings."
