@@ -126,7 +126,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
             device: str = "",  # "" for a GPU where there is one
             strips: str | Path = ""  # a folder for a strip of pictures of each method's run with seed 0; "" keeps none
            ):
-    "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, the judge's fingerprint, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
+    "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, the judge's fingerprint, and the device and precision, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
     import pandas as pd
     device = resolve_device(device)
     cache, original = Cache(cache), Denoiser.load(device=device)
@@ -153,7 +153,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
             for who, gallery in (("original", galleries["original"]), (variant, galleries["unlearned"])): save_strip(gallery.pick(asked, strip_of(asked)), strip_file(strips, who, concept))
         rows, rates = ev.judged().query("model == 'unlearned'"), ev.rates().query("model == 'unlearned'")
     far = rows.groupby("group")["distance to original"].mean()
-    return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), broken=int(g.broken.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device, judge=SandboxJudge(judge).version) for k, g in rates.groupby("group", sort=False)])
+    return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), broken=int(g.broken.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device, precision=fast["precision"], judge=SandboxJudge(judge).version) for k, g in rates.groupby("group", sort=False)])
 
 # %% ../nbs/lib/15_study.ipynb #c009
 KEYS = ["variant", "concept", "seed"]
@@ -161,7 +161,7 @@ KEYS = ["variant", "concept", "seed"]
 def read_study(path: str | Path):
     "The runs so far; empty when there is no file yet."
     import pandas as pd
-    if not Path(path).exists(): return pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "judge", "settings"])
+    if not Path(path).exists(): return pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "precision", "judge", "settings"])
     table = pd.read_csv(path, dtype={"judge": str})
     return table if "settings" in table else table.assign(settings=None)  # of before there were any: old, all of it
 
