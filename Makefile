@@ -48,7 +48,7 @@ pictures: demo  ## the pictures of the README, from the demo's run and the table
 	cp $(DEMO)/images/grid-linked.png nbs/images/starry-night.png
 	$(BIN)/python -c 'from unlearn_wb.study import poster; poster("data/results/sandbox", "Snoopy").savefig("nbs/images/methods.webp", dpi=90)'
 	UNLEARN_WB_NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/browser/test_explore.py -k choose
-	cp tests/browser/screenshots/readme.png nbs/images/explorer.png
+	$(BIN)/python -c 'from PIL import Image; Image.open("tests/browser/screenshots/readme.png").convert("RGB").save("nbs/images/explorer.webp", quality=90, method=6)'
 
 readme: $(READY)
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
