@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import parameters, tiny_pipeline
 
-from unlearn_wb.diffusion import BadModel, Denoiser, why_not_loaded
+from unlearn_wb.diffusion import BadModel, Denoiser, default_precision, why_not_loaded
 from unlearn_wb.stores import BadStore, DiskFull
 from unlearn_wb.workbench import Experiment
 
@@ -130,3 +130,15 @@ def test_precision_and_device_are_checked_first(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Tesla T4")
     with pytest.raises(BadModel, match="Tesla T4 does not compute in it; take fp16 or fp32"): diffusion.resolve_device("cuda", "bf16")
     assert diffusion.resolve_device("cuda", "fp16") == "cuda"
+
+
+def test_bf16_is_the_default_where_it_is_faster(monkeypatch):
+    def on(**cpu):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+        return default_precision("cpu")
+    assert on(cpu_name="Intel Xeon", amx_bf16=True, avx512_bf16=True) == "bf16"
+    assert on(cpu_name="AMD EPYC", avx512_bf16=True) == "bf16"
+    assert on(cpu_name="Intel Xeon", avx512_bf16=True) == "fp32", "the instructions alone are slower there"
+    assert on(cpu_name="AMD EPYC") == on() == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert default_precision("cuda") == "fp32", "emulated does not count"

@@ -58,13 +58,13 @@ def settings(variant: str) -> dict:
     for k in ("seed", "precision"): options.pop(k, None)
     return json.loads(json.dumps(dict(method=name, anchor=anchor, original=model.base_hash, judge=judge) | options, default=str))
 
-def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None, device: str = "cpu"):
+def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None, device: str = "cpu", precision: str = ""):
     "The method of a variant, ready to train. Returns it and its erasures."
     name, anchor, _, _ = read_variant(variant)
     model = Denoiser.load(device=device)
     erasures = Erasure.find_all(model, concept, anchor)
     if anchor: erasures = [replace(e, retained=tuple(r for r in plain.retained if r != e.anchor)) for e, plain in zip(erasures, Erasure.find_all(model, concept))]  # the same ones whatever the anchor
-    config = configure(variant, model, erasures[0], seed=seed, precision=default_precision(device))
+    config = configure(variant, model, erasures[0], seed=seed, precision=precision or default_precision(device))
     return METHODS[name].make(model, erasures, config, cache), erasures
 
 SHOWN = {"target": 3, "linked": 1, "retained": 2, "other": 1}  # images of a run's strip
@@ -124,11 +124,13 @@ def outcome(variant: str, concept: str, seed: int = 0,
             n: int = 30,  # images of the target, of each retained concept, of each linked phrase, of the others together
             cache: str | Path = "runs/cache",  # what the original paints, shared by all runs
             device: str = "",  # "" for a GPU where there is one
+            precision: str = "",  # of training and painting; "" takes the device's default
             strips: str | Path = ""  # a folder for a strip of pictures of each method's run with seed 0; "" keeps none
            ):
-    "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, the judge's fingerprint, and the device and precision, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
+    "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, the judge's fingerprint, the device, the precision, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
     import pandas as pd
-    device = resolve_device(device)
+    device = resolve_device(device, precision)
+    precision = precision or default_precision(device)
     cache, original = Cache(cache), Denoiser.load(device=device)
     if variant == REFERENCE:
         erasures, took = Erasure.find_all(original, concept), 0.
@@ -136,7 +138,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
         if not where: return None
         result = Denoiser.load(unet=where, device=device)
     else:
-        method, erasures = build(variant, concept, seed, cache, device)
+        method, erasures = build(variant, concept, seed, cache, device, precision)
         began = time.process_time()
         if hasattr(method, "solve"): method.solve()
         else:
@@ -144,16 +146,16 @@ def outcome(variant: str, concept: str, seed: int = 0,
         took = time.process_time() - began if device == "cpu" else float("nan")
         if hasattr(method.moved, "merge"): method.moved.merge()
         result = method.model
-    judge, fast = judge_for(original), dict(precision=default_precision(device))
+    judge = judge_for(original)
     asked = [replace(q, seed=q.seed + 10_000 * seed) for q in ask(erasures, n)]
     with tempfile.TemporaryDirectory() as brief:
-        galleries = {"original": Gallery(original, cache, **fast), "unlearned": Gallery(result, Cache(brief), result.fingerprint(), **fast)}
+        galleries = {"original": Gallery(original, cache, precision=precision), "unlearned": Gallery(result, Cache(brief), result.fingerprint(), precision=precision)}
         ev = Evaluation(asked, galleries, {"classifier": SandboxJudge(judge), "distance": PerceptualDistance(judge)})
         if strips and seed == 0 and ":" not in variant:
             for who, gallery in (("original", galleries["original"]), (variant, galleries["unlearned"])): save_strip(gallery.pick(asked, strip_of(asked)), strip_file(strips, who, concept))
         rows, rates = ev.judged().query("model == 'unlearned'"), ev.rates().query("model == 'unlearned'")
     far = rows.groupby("group")["distance to original"].mean()
-    return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), broken=int(g.broken.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device, precision=fast["precision"], judge=SandboxJudge(judge).version) for k, g in rates.groupby("group", sort=False)])
+    return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), broken=int(g.broken.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device, precision=precision, judge=SandboxJudge(judge).version) for k, g in rates.groupby("group", sort=False)])
 
 # %% ../nbs/lib/15_study.ipynb #c009
 KEYS = ["variant", "concept", "seed"]

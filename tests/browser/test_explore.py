@@ -100,8 +100,8 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     page.frame_locator("iframe[title=report]").locator("h1").wait_for(timeout=20_000)
     drawn = page.evaluate("""async () => { const i = [...document.querySelectorAll('img.widget-image')].filter(i => i.offsetWidth).at(-1); await i.decode()
         const c = new OffscreenCanvas(i.naturalWidth, i.naturalHeight).getContext('2d'); c.drawImage(i, 0, 0)
-        return [...c.getImageData(i.naturalWidth / 2, 0, i.naturalWidth / 2, i.naturalHeight).data].filter((v, k) => k % 4 == 0 && v < 200).length }""")
-    assert drawn > 100, "the trace is drawn to the right edge"
+        return [...c.getImageData(i.naturalWidth / 2, 0, i.naturalWidth / 2, i.naturalHeight).data].filter((v, k, all) => k % 4 == 2 && v - all[k - 2] > 100).length }""")
+    assert drawn > 200, "the trace's blue is in the right half, where axes and text are black"
     shot(page, "6-examined-and-compared")
     page.close()
 
