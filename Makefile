@@ -51,7 +51,9 @@ pictures: demo  ## the pictures of the README, from the demo's run and the table
 	$(BIN)/python -c 'from PIL import Image; Image.open("tests/browser/screenshots/readme.png").convert("RGB").save("nbs/images/explorer.webp", quality=90, method=6)'
 
 readme: $(READY)
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/index.ipynb
+	$(BIN)/nbdev_clean --fname nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --TagRemovePreprocessor.remove_input_tags remove-input --output-dir . --output README nbs/index.ipynb
 
 prepare: $(READY)  ## before a commit: library and README from the notebooks, clean, test
 	$(BIN)/nbdev_export

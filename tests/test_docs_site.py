@@ -25,6 +25,7 @@ def test_lessons_show_formulas_pictures_signatures_and_links(site):
     assert "<td>" in (site / "lib/01_diffusion.html").read_text() and "images at a time" in (site / "lib/01_diffusion.html").read_text()
     assert "id='diffusion.sample'" in (site / "lib/01_diffusion.html").read_text()
     front = (site / "index.html").read_text()
+    assert "its linked phrases" in front and "read_csv" not in front, "the table, without the cell that makes it"
     assert "make demo" in front and "before-after" in front
 
 

@@ -68,8 +68,12 @@ def test_training_notebooks_document_what_the_library_reads(name):
 
 
 def test_readme_is_the_index(tmp_path):
-    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "WARN", "--to", "markdown", "--output-dir", str(tmp_path), "--output", "README", str(ROOT / "nbs/index.ipynb")], check=True)
+    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "WARN", "--to", "markdown", "--TagRemovePreprocessor.remove_input_tags", "remove-input", "--output-dir", str(tmp_path), "--output", "README", str(ROOT / "nbs/index.ipynb")], check=True)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run make readme"
+    for cell in (c for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"] if c["cell_type"] == "code"):
+        body, _, last = "".join(cell["source"]).rpartition("\n")
+        exec(body, here := {})
+        assert eval(last, here).data == "".join(cell["outputs"][0]["data"]["text/markdown"]), "the results have changed: run make readme"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.name)
