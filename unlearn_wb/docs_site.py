@@ -134,7 +134,6 @@ def page_of(nb: dict, page: str, symbols: dict, module: str = "") -> dict:
             if o["output_type"] == "stream": o["text"] = re.sub(r"^.*\d+%\|.*\n?", "", "".join(o["text"]), flags=re.M)  # progress bars
         outputs = [o for o in outputs if o["output_type"] != "stream" or o["text"].strip()]
         tags = (["hide-input"] if "export" in marks else []) + [t for t in c["metadata"].get("tags", []) if t == "remove-input"]
-        if "parameters" in c["metadata"].get("tags", []): tags = []
         alt = f"{title}: {said}" if said else title
         cells.append({"cell_type": "code", "metadata": {"tags": tags, "mystnb": {"image": {"alt": alt}, "code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}}, "source": body, "outputs": outputs, "execution_count": None})
         cells += [{"cell_type": "markdown", "metadata": {}, "source": "".join(o["data"]["text/markdown"])} for o in written]
