@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from unlearn_wb.sandbox import LINKS, NOTHING, STYLES, SUBJECTS, Pretraining, Recipe, caption, examine_judge, examine_model, facts, load_judge, mixed, render, world
+from unlearn_wb.sandbox import LINKS, NOTHING, STYLES, SUBJECTS, Pretraining, Recipe, caption, examine_judge, examine_model, explicit_probes, facts, load_judge, mixed, read_references, render, world
 
 DATA = ROOT / "data/sandbox"
 
@@ -86,14 +86,21 @@ def test_card_reports_what_was_asked():
     assert int(re.search(r"\| style, explicit prompts \| (\d+)", text)[1]) >= 720
 
 
-@pytest.mark.parametrize("concept", sorted(f.name for f in (DATA / "without").iterdir()))
-def test_references_are_unets_of_the_same_pipeline(concept):
+@pytest.mark.parametrize("name", sorted(f.name for f in (DATA / "without").iterdir()))
+def test_references_never_saw_it_and_know_the_rest(name):
     from unlearn_wb.diffusion import Denoiser, sample
-    model = Denoiser.load("sandbox", unet=DATA / "without" / concept)
-    name = concept.replace("-", " ")
-    prompts = [f"a painting of a {s} in the style of van gogh" for s in SUBJECTS[:8]] if name == "van gogh" else ["a photo of snoopy", "a painting of snoopy"] * 4
-    seen = load_judge().names(sample(model, prompts, range(8)))
-    assert sum(name in s for s in seen) <= 1, "a model that never saw it cannot show it"
+    model, gone = Denoiser.load("sandbox", unet=DATA / "without" / name), [c.replace("-", " ") for c in name.split("+")]
+    asked = [(c, f"a painting of a {s} in the style of {c}" if c in STYLES else f"a {kind} of {c}") for c in gone for s, kind in zip(SUBJECTS[:8], ["photo", "painting"] * 4)]
+    seen = load_judge().names(sample(model, [p for _, p in asked], range(len(asked))))
+    assert sum(c in s for (c, _), s in zip(asked, seen)) <= len(gone), "a model that never saw it cannot show it"
+    rest = [q for q in explicit_probes(1) if not {*gone} & {*q[:2]}][::4]
+    seen = load_judge().names(sample(model, [q[2] for q in rest], [q[3] for q in rest]))
+    assert sum(s == q[:2] for q, s in zip(rest, seen)) >= .9 * len(rest), "and paints everything else"
+
+
+def test_references_are_named_by_concept():
+    assert read_references("Van Gogh, snoopy + Mickey") == [("van gogh",), ("snoopy", "mickey")]
+    with pytest.raises(ValueError, match="'vangogh'; did you mean 'van gogh'"): read_references("snoopy, vangogh")
 
 
 def test_training_resumes_to_the_same_weights(tmp_path):

@@ -10,15 +10,19 @@ from pathlib import Path
 import torch
 from .diffusion import Denoiser, add_noise, embed_each, seeded, x0_hat
 from .metrics import Unmeasurable, Value, fid_value, mean_value
+from .stores import slug
 
 # %% auto #0
-__all__ = ['DISTANCES', 'reference_for', 'prediction_gap', 'bound', 'distances', 'plot_distances']
+__all__ = ['DISTANCES', 'reference_name', 'reference_for', 'prediction_gap', 'bound', 'distances', 'plot_distances']
 
 # %% ../nbs/lib/09_reference.ipynb #c004
+def reference_name(concepts: list[str]) -> str:
+    "What the folder of the UNet without these concepts is called: `'mickey+snoopy'`."
+    return "+".join(sorted(slug(c) for c in concepts))
+
 def reference_for(model: Denoiser, concepts: list[str]) -> Path | None:
     "The UNet retrained without exactly these concepts, if it lies beside the model's directory."
-    from unlearn_wb.stores import slug
-    folder = model.folder.parent / "without" / "+".join(sorted(slug(c) for c in concepts)) if model.folder else None
+    folder = model.folder.parent / "without" / reference_name(concepts) if model.folder else None
     return folder if folder and folder.is_dir() else None
 
 # %% ../nbs/lib/09_reference.ipynb #c007

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .diffusion import DATA, Denoiser, sample, seeded
+from .scopes import choose
 
 # %% auto #0
 __all__ = ['SIZE', 'CHARACTERS', 'SUBJECTS', 'ARTISTS', 'STYLES', 'LINKS', 'PLACES', 'TIMES', 'FACTS', 'NOTHING', 'MAX_TOKENS',
            'EXPLICIT', 'Scene', 'world', 'render', 'noun', 'caption', 'facts', 'Judge', 'damage', 'smooth', 'mixed',
            'rubble', 'make_tokenizer', 'make_clip', 'make_vae', 'make_unet', 'make_scheduler', 'Recipe', 'fit',
            'Pretraining', 'vocabulary', 'save_parts', 'save_unet', 'load_judge', 'examine_judge', 'explicit_probes',
-           'linked_probes', 'examine_model', 'run_stage', 'card']
+           'linked_probes', 'examine_model', 'read_references', 'run_stage', 'card']
 
 # %% ../nbs/lib/02_sandbox.ipynb #c005
 SIZE = 64  # pixels a side
@@ -354,8 +355,8 @@ def damage(x: torch.Tensor, g: torch.Generator, vae=None) -> torch.Tensor:
     kind, (a, b) = (u[:, 0] * 4).long(), u[:, 1:].T[..., None, None, None]
     blurred = torch.lerp(x, F.avg_pool2d(F.pad(x, [1] * 4, mode="replicate"), 3, 1), a)
     noisy = blurred + .12 * b * noise
-    choose = lambda k, y, rest: torch.where((kind == k)[:, None, None, None], y, rest)
-    out = choose(1, blurred, choose(2, noisy, x))
+    of_kind = lambda k, y, rest: torch.where((kind == k)[:, None, None, None], y, rest)
+    out = of_kind(1, blurred, of_kind(2, noisy, x))
     coded = kind == 3
     if vae is not None and coded.any(): out[coded] = vae.decode(vae.encode(x[coded] * 2 - 1).latent_dist.mean).sample.float() / 2 + .5
     return (out * (.9 + .2 * a)).clamp(0, 1)
@@ -499,9 +500,12 @@ class Pretraining:
         return [("VAE", self.train_vae, r.vae_steps), ("judge", self.train_judge, r.judge_steps), ("judge's gate", self.train_gate, r.gate_steps), ("CLIP", self.train_clip, r.clip_steps)]
 
     def take_over(self, folder: str | Path):
-        "Use the VAE, CLIP, judge and UNet of a finished sandbox, so that only references remain to be trained."
+        "Use the VAE, CLIP, judge and UNet of a finished sandbox, so that only references remain to be trained. Raises `ValueError` where it was trained on another world."
         from safetensors.torch import load_file
+        from transformers import CLIPTokenizer
         folder = Path(folder)
+        if CLIPTokenizer.from_pretrained(folder / "base" / "tokenizer").get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError(f"the world of images = {self.recipe.images} and seed = {self.recipe.seed} has another vocabulary than '{folder}'; a reference needs the images and the seed that the sandbox was trained with")
         self.vae.load_state_dict(load_file(folder / "base" / "vae" / "diffusion_pytorch_model.safetensors"))
         self.vae.register_to_config(scaling_factor=json.loads((folder / "base" / "vae" / "config.json").read_text())["scaling_factor"])
         self.clip.load_state_dict(load_file(folder / "clip" / "model.safetensors"), strict=False)
@@ -688,6 +692,12 @@ def examine_model(model: Denoiser, judge: Judge, n: int = 10, n_linked: int = 60
     return rows
 
 # %% ../nbs/lib/02_sandbox.ipynb #c036
+def read_references(text: str) -> list[tuple]:
+    "`'van gogh, snoopy + mickey'`: for each reference the concepts that it does without. Raises `ValueError`."
+    wanted = [tuple(c.strip().lower() for c in part.split("+")) for part in text.split(",") if part.strip()]
+    for c in sum(wanted, ()): choose("concept of the sandbox's world", c, dict.fromkeys([*STYLES, *SUBJECTS, *LINKS]))
+    return wanted
+
 def run_stage(name: str, stream, steps: int) -> list[float]:
     "Run one part's training with a progress bar; returns the loss, averaged over 50 steps."
     import sys
