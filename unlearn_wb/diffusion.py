@@ -265,7 +265,6 @@ class Denoiser:
         "Token numbers, padded and cut at the tokenizer's limit."
         return (tokenizer or self.tokenizer)(list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt").input_ids.to(self.device)
 
-    @torch.no_grad()
     def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L,D); SDXL (B,L+1,D)
         "The text encoder's states for each prompt: what cross-attention reads. Of SDXL the states of both encoders, and one more row, the pooled text, filled up with zeros."
         if self.text_encoder_2 is None:
@@ -372,7 +371,6 @@ class FlowDenoiser(Denoiser):
         v = self.unet(y.to(self.dtype), timestep=self.sigma[t] * self.pipe.scheduler.config.num_train_timesteps, encoder_hidden_states=c[:, :-1], pooled_projections=c[:, -1, :self.unet.config.pooled_projection_dim]).sample
         return y.float() + (1 - wide) * v.float()
 
-    @torch.no_grad()
     def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L+256+1,D)
         "The text states: both CLIPs', side by side, then T5's (zeros without it), then one row, the pooled text."
         with self._here(*(p for p in self.parts if p not in (self.unet, self.vae))):

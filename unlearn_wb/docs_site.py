@@ -14,7 +14,7 @@ __all__ = ['PAGES', 'HOME', 'CONF', 'CSS', 'directives', 'exported', 'spoken', '
 
 # %% ../nbs/lib/17_site.ipynb #c005
 PAGES = {  # caption -> pages, by their place under nbs/
-    "Lessons": ["lib/01_diffusion", "methods/doco", "lib/05_surgery", "methods/advanchor", "lib/02_sandbox", "lib/09_reference"],
+    "Lessons": ["lib/01_diffusion", "methods/doco", "lib/05_surgery", "methods/advanchor", "lib/02_sandbox", "lib/09_reference", "lib/09_recall"],
     "Run it": ["explore", "train_doco", "train_advanchor", "train_rgd", "train_integrity", "train_baseline", "evaluate", "compare", "sweep"],
     "How to": ["howto/gpu_server", "howto/cost", "howto/own_model", "howto/add_a_method", "howto/read_a_report"],
     "Methods": ["methods/index", "methods/anchored", "methods/rg", "methods/integrity", "methods/esd", "methods/conabl", "methods/sdd", "methods/uce", "methods/spm", "methods/fmn", "methods/allbutone", "methods/salun", "methods/amnesia", "methods/mace", "methods/receler"],
