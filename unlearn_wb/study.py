@@ -14,10 +14,11 @@ from typing import Callable
 import numpy as np
 import torch
 from .concepts import Cache, Erasure
-from .diffusion import Denoiser, default_precision, resolve_device
-from .evaluation import Evaluation, Gallery, ask, of_each
+from .diffusion import Denoiser, default_precision, resolve_device, sample
+from .evaluation import Evaluation, Gallery, ask, judged, of_each
 from .loop import unlearn
 from .metrics import PerceptualDistance, SandboxJudge, judge_for, wilson
+from .recall import learn_word, pictures_of, spoken
 from .reference import reference_for
 from .registry import METHODS
 from .scopes import choose
@@ -26,8 +27,9 @@ from .workbench import read_options
 
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
-           'read_strip', 'read_strips', 'show_strips', 'poster', 'outcome', 'read_study', 'read_settings', 'same',
-           'stale', 'alone', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
+           'read_strip', 'read_strips', 'show_strips', 'poster', 'trained', 'outcome', 'recalled', 'read_study',
+           'read_settings', 'same', 'stale', 'alone', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches',
+           'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -120,6 +122,22 @@ def poster(folder: str | Path, concept: str, across: int = 11):
         for ax, name in zip(fig.axes[b * len(first) * across:], block): ax.set_title("\n".join(wrap(name, 13)), fontsize=7)
     return fig
 
+def trained(variant: str, concept: str, seed: int, cache: Cache, device: str, precision: str):
+    "A variant's model after its run, its erasures, and the CPU seconds of training (none on a GPU). None where there is no exact reference."
+    original, took = Denoiser.load(device=device), 0.
+    if variant == REFERENCE:
+        erasures = Erasure.find_all(original, concept)
+        where = reference_for(original, [e.target for e in erasures])
+        return (Denoiser.load(unet=where, device=device), erasures, took) if where else None
+    method, erasures = build(variant, concept, seed, cache, device, precision)
+    began = time.process_time()
+    if hasattr(method, "solve"): method.solve()
+    else:
+        for _ in unlearn(method): pass
+    took = time.process_time() - began if device == "cpu" else float("nan")
+    if hasattr(method.moved, "merge"): method.moved.merge()
+    return method.model, erasures, took
+
 def outcome(variant: str, concept: str, seed: int = 0,
             n: int = 30,  # images of the target, of each retained concept, of each linked phrase, of the others together
             cache: str | Path = "runs/cache",  # what the original paints, shared by all runs
@@ -132,21 +150,9 @@ def outcome(variant: str, concept: str, seed: int = 0,
     device = resolve_device(device, precision)
     precision = precision or default_precision(device)
     cache, original = Cache(cache), Denoiser.load(device=device)
-    if variant == REFERENCE:
-        erasures, took = Erasure.find_all(original, concept), 0.
-        where = reference_for(original, [e.target for e in erasures])
-        if not where: return None
-        result = Denoiser.load(unet=where, device=device)
-    else:
-        method, erasures = build(variant, concept, seed, cache, device, precision)
-        began = time.process_time()
-        if hasattr(method, "solve"): method.solve()
-        else:
-            for _ in unlearn(method): pass
-        took = time.process_time() - began if device == "cpu" else float("nan")
-        if hasattr(method.moved, "merge"): method.moved.merge()
-        result = method.model
-    judge = judge_for(original)
+    run = trained(variant, concept, seed, cache, device, precision)
+    if not run: return None
+    (result, erasures, took), judge = run, judge_for(original)
     asked = [replace(q, seed=q.seed + 10_000 * seed) for q in ask(erasures, n)]
     with tempfile.TemporaryDirectory() as brief:
         galleries = {"original": Gallery(original, cache, precision=precision), "unlearned": Gallery(result, Cache(brief), result.fingerprint(), precision=precision)}
@@ -156,6 +162,33 @@ def outcome(variant: str, concept: str, seed: int = 0,
         rows, rates = ev.judged().query("model == 'unlearned'"), ev.rates().query("model == 'unlearned'")
     far = rows.groupby("group")["distance to original"].mean()
     return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), broken=int(g.broken.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device, precision=precision, judge=SandboxJudge(judge).version) for k, g in rates.groupby("group", sort=False)])
+
+# %% ../nbs/lib/15_study.ipynb #c021
+def recalled(variant: str, concept: str, seed: int = 0,
+             n: int = 20,  # images of each target
+             steps: tuple = (50, 200),  # of learning the word, at which to ask
+             cache: str | Path = "runs/cache", device: str = "", precision: str = "",
+             strips: str | Path = ""  # a folder for a strip with seed 0: three images by name, the same by the last word; "" keeps none
+            ):
+    "Train one variant, then learn a word that calls the concept back: a row for the name and one for each of `steps`, with hits, n, broken images and CPU seconds of training. None where there is no exact reference."
+    import pandas as pd
+    device = resolve_device(device, precision)
+    precision, cache, original = precision or default_precision(device), Cache(cache), Denoiser.load(device=device)
+    run = trained(variant, concept, seed, cache, device, precision)
+    if not run: return None
+    (model, erasures, took), judge = run, SandboxJudge(judge_for(original))
+    asked, rows, shown = [replace(q, seed=q.seed + 10_000 * seed) for q in ask(erasures, n) if q.group == "target"], [], []
+    def look(group, words):
+        with spoken(model, words): images = sample(model, [q.prompt for q in asked], [q.seed for q in asked], precision=precision)
+        seen = judged(asked, {"classifier": judge(images)}, {"classifier": judge}, variant)
+        rows.append(dict(group=group, hits=int(seen.hit.sum()), n=len(seen), broken=int(seen.broken.sum()), seconds=took, device=device, precision=precision, judge=judge.version))
+        shown.append(images[of_each(asked, "target", 3)])
+    look("by name", {})
+    learning = [learn_word(model, e.target, *pictures_of(original, e, seed=seed, cache=cache, precision=precision), max(steps), seed=seed, precision=precision) for e in erasures]
+    for k, turn in enumerate(zip(*learning), 1):
+        if k in steps: look(f"{k} steps", {e.target: word for e, (_, _, word) in zip(erasures, turn)})
+    if strips and seed == 0 and ":" not in variant: save_strip(torch.cat([shown[0], shown[-1]]), strip_file(strips, variant, concept))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/lib/15_study.ipynb #c009
 KEYS = ["variant", "concept", "seed"]
