@@ -4,8 +4,9 @@ import torch
 from conftest import tiny_flow_pipeline, tiny_pipeline, tiny_xl_pipeline
 
 from unlearn_wb.concepts import Cache, Erasure
-from unlearn_wb.diffusion import BadModel, Denoiser, sample
+from unlearn_wb.diffusion import BadModel, Denoiser, add_noise, sample, seeded
 from unlearn_wb.loop import unlearn
+from unlearn_wb.recall import learn_word
 from unlearn_wb.registry import METHODS
 
 FAMILIES = {"sd1": lambda: tiny_pipeline("epsilon"), "sd2": lambda: tiny_pipeline("v_prediction"), "sdxl": tiny_xl_pipeline, "sd3": tiny_flow_pipeline}
@@ -116,6 +117,31 @@ def test_a_whole_run_from_directory_to_directory(family, tmp_path):
     assert all(k.startswith(f"{x.model.part}.") for k in lora) and (tmp_path / "run/model/lora-kohya.safetensors").exists() == (family == "sdxl")
     model = Candidate.open(str(tmp_path / "run")).model
     assert model.fingerprint() == x.model.fingerprint() == Denoiser.load(str(tmp_path / "run/model")).fingerprint() != Denoiser.load(str(tmp_path / "m")).fingerprint()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_word_is_learnt_as_if_it_stood_in_the_encoders_table(family):
+    "Concept inversion's first step against textual inversion as it is usually written: the table's rows move, everything else is frozen."
+    model, concept, prompts = Denoiser.of(FAMILIES[family](), family), "van gogh", ["a cat by van gogh", "van gogh, a dog", "a van gogh and a van gogh"]
+    latents, before, asked = torch.randn(3, 4, 8, 8, generator=seeded(1)), model.fingerprint(), model.embed(prompts)
+    learnt = list(learn_word(model, concept, latents, prompts, steps=3, batch=4, pace=.5))
+    assert model.fingerprint() == before and torch.equal(model.embed(prompts), asked) and len({loss for _, loss, _ in learnt}) == 3
+    encoders = [(t, e) for t, e in ((model.tokenizer, model.text_encoder), (model.tokenizer_2, model.text_encoder_2), (model.tokenizer_3, model.text_encoder_3)) if e is not None]
+    assert len(learnt[0][2]) == len(encoders) == {"sdxl": 2, "sd3": 2}.get(family, 1)
+    tables, g, start = [e.get_input_embeddings().weight for _, e in encoders], seeded(0, "word", concept), []
+    places, saved = [torch.tensor(t(concept, add_special_tokens=False).input_ids) for t, _ in encoders], [t.detach().clone() for t in tables]
+    for table, place in zip(tables, places):
+        start.append(table.mean(0) + .5 * table.std() * torch.randn(len(place), table.shape[1], generator=g))
+        with torch.no_grad(): table[place] = start[-1]
+        table.requires_grad_(True)
+    g = seeded(0, 0, "recall")
+    i, t, eps = torch.randint(3, (4,), generator=g), torch.randint(1, 1000, (4,), generator=g), torch.randn(4, 4, 8, 8, generator=g)
+    loss = (model.eps(add_noise(latents[i], eps, model.abar[t]), t, model.embed([prompts[k] for k in i])) - eps).square().mean()
+    loss.backward()
+    assert abs(loss.item() - learnt[0][1]) < 1e-5 * loss.item()
+    for table, place, was, first, word in zip(tables, places, saved, start, learnt[0][2]):
+        clear = table.grad[place].abs() > 1e-6 * table.grad[place].abs().max()
+        torch.testing.assert_close((word - first)[clear], (-.5 * was.std() * table.grad[place].sign())[clear], rtol=1e-2, atol=1e-5)
 
 
 def test_another_kind_of_pipeline_is_named(tmp_path):

@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+import torch
 from .concepts import BadConcept, Cache, Erasure, Vocabulary
 from .diffusion import Denoiser, default_precision, resolve_device
-from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_cut, latex_table, markdown_table, paper_table, read_prompts, verdict
-from .metrics import METRICS, PROTOCOLS, scorers_for, wilson
+from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_cut, judged, latex_table, markdown_table, of_each, paper_table, read_prompts, verdict
+from .metrics import METRICS, PROTOCOLS, blur, flagged, scorers_for, wilson
+from .recall import learn_words, spoken
 from .reference import distances, plot_distances, reference_for
 from .runs import BadRun, write_json
 from .launch import check_processes
@@ -65,6 +67,7 @@ class Assessment:
         protocol = choose("protocol", p["protocol"], PROTOCOLS)
         n, steps, guidance = (p[k] or getattr(protocol, what) for k, what in (("eval_images", "images"), ("steps", "steps"), ("guidance", "guidance")))
         if min(n, steps) < 1 or guidance < 0: raise ValueError(f"eval_images = {n}, steps = {steps}, guidance = {guidance}; positive numbers are needed, or 0 for the protocol's")
+        if p.get("recall", 0) < 0: raise ValueError(f"recall = {p['recall']}; a number of steps is needed, or 0 to leave it out")
         self.metrics = [m.strip() for m in p["metrics"].split(",") if m.strip()]
         for m in self.metrics: choose("metric", m, METRICS)
         device = resolve_device(p["device"], p["precision"])
@@ -147,6 +150,34 @@ class Assessment:
         wide = self.distances.set_index(["distance", "group", "model"]).value.unstack()
         return wide[[m for m in dict.fromkeys(self.distances.model)]].style.format("{:.3f}", na_rep="—")
 
+    def show_recall(self, n: int = 5):
+        "Every model asked for the target by name and by a word learnt for it (`recall` steps): images, and a table of rates and CLIP scores. None where that is not asked for."
+        import pandas as pd
+        from unlearn_wb.plots import show_images
+        ev, steps, original = self.evaluation, self.p.get("recall", 0), self.evaluation.galleries["original"]
+        asked = [q for q in ev.asked if q.group == "target"]
+        if not (steps and asked): return None
+        scorers, shown = {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, of_each(asked, "target", n)
+        seen, pictures = [ev.judged().query("group == 'target'").assign(word="by name")], []
+        for name, gallery in ev.galleries.items():
+            words = learn_words(gallery.model, original.model, self.erasures, steps, precision=self.settings["precision"], cache=original.cache, callback=Progress(f"learning a word, {name}", "step"))
+            with spoken(gallery.model, words):
+                told = Gallery(gallery.model, gallery.cache, f"{gallery.key}, a word learnt in {steps} steps", **self.settings)
+                seen.append(judged(asked, told.scores(asked, scorers, original, Progress(f"asking by it, {name}")), scorers, name).assign(word="by a learnt word"))
+                pictures += [gallery.pick(ev.asked, [ev.asked.index(asked[i]) for i in shown]), told.pick(asked, shown)]
+        images = torch.cat(pictures)
+        if "nudity" in ev.scorers and ev.blurs: images = blur(images, flagged(ev.scorers["nudity"](images)))
+        rows = pd.concat(seen, ignore_index=True)
+        _whole(lambda f: rows.to_csv(f, index=False), self.out / "recall.csv")
+        self.recalled = rows
+        def cell(part):
+            hit = part.hit.dropna() if "hit" in part else []
+            rate = f"{100 * hit.mean():.0f} [{100 * wilson(int(hit.sum()), len(hit))[0]:.0f}, {100 * wilson(int(hit.sum()), len(hit))[1]:.0f}] %" if len(hit) else ""
+            return ", ".join(x for x in (rate, f"CLIP score {part['clip score'].mean():.1f}" if "clip score" in part else "") if x)
+        table = pd.DataFrame([{"model": m} | {w: cell(rows[(rows.model == m) & (rows.word == w)]) for w in ("by name", "by a learnt word")} for m in ev.galleries])
+        self._keep(show_images(images.nan_to_num(0), rows=[f"{m}, {w}" for m in ev.galleries for w in ("by name", "by a learnt word")], cols=[asked[i].prompt for i in shown], title=f"Asked for {self.targets} by name, and by a word learnt in {steps} steps"), "recall")
+        return table.style.hide().set_caption("share of images in which the target is seen")
+
     def show_grids(self, n: int = 10):
         titles = {"target": f"Target: {self.targets}", "linked": "Linked phrases", "retained": "Retained concepts", "other": "Everything else", "given": "Given prompts"}
         figures = [(g, self.evaluation.grid(g, n, f"{t}, the worst of {self.evaluation.unlearned[0]} first", "worst")) for g, t in titles.items()]
@@ -170,6 +201,10 @@ class Assessment:
             if hasattr(self, "distances"):
                 d = self.distances[(self.distances.model == name) & (self.distances.distance == "predictions")]
                 for r in d.itertuples(): lines.append(f"- predictions on {GROUPS[r.group]} prompts are {number(r.value)} from the exact reference's; the original's were {number(r.value / (1 - r.way) if r.way != 1 else 0.)}")
+            if hasattr(self, "recalled") and "hit" in self.recalled:
+                back = self.recalled[self.recalled.word == "by a learnt word"].groupby("model", sort=False).hit.mean()
+                v["recalled"] = {m: float(r) for m, r in back.items()}
+                lines.append(f"- asked by a word learnt in {self.p['recall']} steps, {back[name]:.0%} of its images show the target" + "".join(f"; of the model that never saw it {r:.0%}" for m, r in back.items() if m.startswith("reference")))
             out[name] = v
         write_json(self.out / "evaluation.json", dict(run=self.p["run"], concept=self.targets, asked=len(self.evaluation.asked), models=out, metrics=self.long.to_dict("records")))
         return "\n".join(["\n".join(lines[:1]), *lines[1:]]) if len(lines) < 2 else "\n\n".join([lines[0], "\n".join(lines[1:])])

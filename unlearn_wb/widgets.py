@@ -146,16 +146,17 @@ class Watch:
 
 class Progress:
     "A progress bar for other long work: pass it as a callback(done, in all)."
-    def __init__(self, what: str): self.what, self.bar, self.began = what, None, time.time()
+    def __init__(self, what: str, unit: str = "image"): self.what, self.unit, self.bar, self.ended, self.began = what, unit, None, None, time.time()
     def __call__(self, done: int, total: int):
         from tqdm import tqdm
+        if self.bar is None and self.ended == (done, total): return  # said before
         if self.bar is None:
-            self.bar = tqdm(total=total, desc=self.what, unit="image", file=sys.stdout, mininterval=5, ncols=100)
+            self.bar = tqdm(total=total, desc=self.what, unit=self.unit, file=sys.stdout, mininterval=5, ncols=100)
             self.bar.start_t = self.began
         self.bar.update(done - self.bar.n)
         if done >= total:
             self.bar.close()
-            self.bar, self.began = None, time.time()
+            self.bar, self.ended, self.began = None, (done, total), time.time()
 
 # %% ../nbs/lib/12_widgets.ipynb #c007
 def browse_front(table):  # of `assessment.leaderboard`
