@@ -27,9 +27,9 @@ from .workbench import read_options
 
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
-           'read_strip', 'read_strips', 'show_strips', 'poster', 'trained', 'outcome', 'recalled', 'read_study',
-           'read_settings', 'same', 'stale', 'alone', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches',
-           'paired', 'claim_holds']
+           'read_strip', 'strips_there', 'read_strips', 'show_strips', 'poster', 'recall_poster', 'trained', 'outcome',
+           'recalled', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'fill', 'share', 'side_by_side',
+           'by_concept', 'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -95,10 +95,14 @@ def read_strip(file: Path) -> torch.Tensor:  # (N,3,H,W) in [0,1]
     x = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1).float() / 255
     return torch.stack(x.split(x.shape[1], 2))
 
-def read_strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], list]:
-    "The strips of the original, of the methods that have one and of the exact reference, by their titles; and the probes they show."
+def strips_there(folder: str | Path, concept: str) -> dict[str, torch.Tensor]:
+    "The strips of the original, of the methods that have one and of the exact reference, by their titles."
     names = {"original": "original"} | {k: m.title.replace(" (reconstruction)", "") for k, m in METHODS.items()} | {REFERENCE: REFERENCE}
-    held = {title: read_strip(file) for name, title in names.items() if (file := strip_file(folder, name, concept)).exists()}
+    return {title: read_strip(file) for name, title in names.items() if (file := strip_file(folder, name, concept)).exists()}
+
+def read_strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], list]:
+    "The same, and the probes they show."
+    held = strips_there(folder, concept)
     asked = ask(Erasure.find_all(_sandbox()[0], concept), 4)
     return held, [asked[i] for i in strip_of(asked)]
 
@@ -110,14 +114,21 @@ def show_strips(folder: str | Path, concept: str):
 
 def poster(folder: str | Path, concept: str, across: int = 11):
     "The same the other way round, one prompt of each group: a column a method, `across` of them side by side. None where there are no strips."
+    held, probes = read_strips(folder, concept)
+    first = [next(i for i, p in enumerate(probes) if p.group == g) for g in dict.fromkeys(p.group for p in probes)]
+    return _columns(held, first, [f"{probes[i].group}:\n{probes[i].prompt}" for i in first], across) if held else None
+
+def recall_poster(folder: str | Path, concept: str, across: int = 11):
+    "One prompt, asked by name and by a learnt word (strips of `recalled`): a column a method. None where there are no strips."
+    held = strips_there(folder, concept)
+    return _columns(held, [0, len(next(iter(held.values()))) // 2], ["by name", "by a\nlearnt word"], across) if held else None
+
+def _columns(held: dict[str, torch.Tensor], first: list[int], rows: list[str], across: int):
     from textwrap import wrap
     from unlearn_wb.plots import show_images
-    held, probes = read_strips(folder, concept)
-    if not held: return None
-    first = [next(i for i, p in enumerate(probes) if p.group == g) for g in dict.fromkeys(p.group for p in probes)]
     blocks = [list(held)[i:i + across] for i in range(0, len(held), across)]
     white = torch.ones_like(next(iter(held.values())))
-    fig = show_images(torch.stack([(held[b[k]] if k < len(b) else white)[i] for b in blocks for i in first for k in range(across)]), [f"{probes[i].group}:\n{probes[i].prompt}" for _ in blocks for i in first], size=.8)
+    fig = show_images(torch.stack([(held[b[k]] if k < len(b) else white)[i] for b in blocks for i in first for k in range(across)]), rows * len(blocks), size=.8)
     for b, block in enumerate(blocks):
         for ax, name in zip(fig.axes[b * len(first) * across:], block): ax.set_title("\n".join(wrap(name, 13)), fontsize=7)
     return fig
