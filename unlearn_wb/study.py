@@ -4,7 +4,7 @@
 
 # %% ../nbs/lib/15_study.ipynb #c002
 from __future__ import annotations
-import fcntl, json, os, tempfile, time
+import fcntl, json, math, os, tempfile, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache as once
@@ -29,7 +29,7 @@ from .workbench import read_options
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
            'read_strip', 'strips_there', 'read_strips', 'show_strips', 'poster', 'recall_poster', 'trained', 'outcome',
            'recalled', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'fill', 'share', 'side_by_side',
-           'by_concept', 'reaches', 'paired', 'claim_holds']
+           'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_verdict']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -312,3 +312,12 @@ def claim_holds(differences: np.ndarray, sign: int, draws: int = 4000) -> tuple[
     if len(d) < 5: return "too few pairs", (low, high)
     if low <= 0 <= high: return "open", (low, high)
     return "holds" if (low > 0) == (sign > 0) else "does not hold", (low, high)
+
+def recall_verdict(table,  # of a study of `recalled`
+                   variant: str, concept: str, most: float = .15) -> str:
+    "What a learnt word does to a run: 'brought back' where it shows the concept more often than in the exact reference (the 95 % interval of the difference, Newcombe's, is above zero), else 'not brought back'; 'not forgotten' where more than `most` answers to the name, '—' where a run is missing."
+    mine, exact = (table[(table.variant == v) & (table.concept == concept)].groupby("group", sort=False)[["hits", "n"]].sum() for v in (variant, REFERENCE))
+    if not len(mine) or not len(exact): return "—"
+    if mine.hits.iloc[0] > most * mine.n.iloc[0]: return "not forgotten"
+    (p, low, _), (q, _, high) = ((k / n, *wilson(k, n)) for k, n in (map(int, x.iloc[-1]) for x in (mine, exact)))
+    return "brought back" if p - q > math.hypot(p - low, high - q) else "not brought back"
