@@ -313,6 +313,7 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(run, tmp_path, model):
     (other / "config.json").write_text(json.dumps(config | {"erasures": [config["erasures"][0] | {"target": "monet"}]}))
     with pytest.raises(BadRun, match="forgot something else"): Assessment({**EVALUATE, "run": f"{run}, {other}", "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="unknown metric 'FDI'; did you mean 'FID'"): Assessment({**EVALUATE, "run": str(run), "metrics": "ACC, FDI"})
+    with pytest.raises(ValueError, match="recall = -1; a number of steps is needed"): Assessment({**EVALUATE, "run": str(run), "recall": -1, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="unknown protocol 'smp'; did you mean 'spm'"): Assessment({**EVALUATE, "run": str(run), "protocol": "smp", "out_dir": str(tmp_path / "o")})
 
 

@@ -176,7 +176,7 @@ class Assessment:
             return ", ".join(x for x in (rate, f"CLIP score {part['clip score'].mean():.1f}" if "clip score" in part else "") if x)
         table = pd.DataFrame([{"model": m} | {w: cell(rows[(rows.model == m) & (rows.word == w)]) for w in ("by name", "by a learnt word")} for m in ev.galleries])
         self._keep(show_images(images.nan_to_num(0), rows=[f"{m}, {w}" for m in ev.galleries for w in ("by name", "by a learnt word")], cols=[asked[i].prompt for i in shown], title=f"Asked for {self.targets} by name, and by a word learnt in {steps} steps"), "recall")
-        return table.style.hide().set_caption("share of images in which the target is seen")
+        return table.style.hide().set_caption("share of images in which the target is seen, with the 95 % interval, and their mean CLIP score")
 
     def show_grids(self, n: int = 10):
         titles = {"target": f"Target: {self.targets}", "linked": "Linked phrases", "retained": "Retained concepts", "other": "Everything else", "given": "Given prompts"}

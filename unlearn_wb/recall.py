@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Iterator
 import torch
 import torch.nn.functional as F
-from .concepts import Cache, Erasure, bank
+from .concepts import Cache, Erasure, bank, token_spans
 from .diffusion import Denoiser, add_noise, seeded
 from .methods.anchored import paint_bank
 
@@ -54,7 +54,8 @@ def learn_word(model: Denoiser, concept: str,
                steps: int = 200, batch: int = 8,
                pace: float = 1.,  # Adam's step, in standard deviations of the embedding table
                seed: int = 0, precision: str = "fp32") -> Iterator[tuple[int, float, list[torch.Tensor]]]:
-    "Concept inversion (Pham et al. 2024): yields (step, loss, the word so far) after each step. The model's weights stay as they are."
+    "Concept inversion (Pham et al. 2024): yields (step, loss, the word so far) after each step. The model's weights stay as they are. Raises `BadConcept` where a prompt does not name the concept."
+    for p in dict.fromkeys(prompts): token_spans(model, p, concept)
     tables = [(_tokens_of(tokenizer, concept), encoder.get_input_embeddings().weight.float()) for tokenizer, encoder in _encoders(model)]
     g = seeded(seed, "word", concept)
     word = [(table.mean(0) + .5 * table.std() * torch.randn(len(part), table.shape[1], generator=g).to(table)).requires_grad_(True) for part, table in tables]
