@@ -71,9 +71,10 @@ def test_readme_is_the_index(tmp_path):
     line = next(l for l in (ROOT / "Makefile").read_text().split("\n") if "--output README" in l)
     subprocess.run([sys.executable, "-m", *line.split("/jupyter ")[1].replace("--output-dir .", f"--output-dir {tmp_path}").split()], cwd=ROOT, check=True)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run make readme"
+    here = {}
     for cell in (c for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"] if c["cell_type"] == "code"):
         body, _, last = "".join(cell["source"]).rpartition("\n")
-        exec(body, here := {})
+        exec(body, here)
         assert eval(last, here).data == "".join(cell["outputs"][0]["data"]["text/markdown"]), "the results have changed: run make readme"
 
 
