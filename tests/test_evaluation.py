@@ -23,7 +23,7 @@ from unlearn_wb.reference import bound, distances, prediction_gap, reference_for
 from unlearn_wb.runs import BadRun
 
 EVALUATE = dict(run="", base_model="", concept="", prompts="", own_prompts=True, eval_images=2, metrics="ACC, CS, CA, AS gap, I", protocol="workbench", clip="", classifier="", features="", distance="",
-                nudity="none", faces="none", show_explicit=False, exact=True, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
+                nudity="none", faces="none", show_explicit=False, exact=True, recall=0, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
 
 
 @pytest.fixture(scope="module")

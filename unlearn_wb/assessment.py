@@ -11,7 +11,7 @@ import torch
 from .concepts import BadConcept, Cache, Erasure, Vocabulary
 from .diffusion import Denoiser, default_precision, resolve_device
 from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_cut, judged, latex_table, markdown_table, of_each, paper_table, read_prompts, verdict
-from .metrics import METRICS, PROTOCOLS, blur, flagged, scorers_for, wilson
+from .metrics import METRICS, PROTOCOLS, blur, flagged, per_cent, scorers_for, wilson
 from .recall import learn_words, spoken
 from .reference import distances, plot_distances, reference_for
 from .runs import BadRun, write_json
@@ -67,7 +67,7 @@ class Assessment:
         protocol = choose("protocol", p["protocol"], PROTOCOLS)
         n, steps, guidance = (p[k] or getattr(protocol, what) for k, what in (("eval_images", "images"), ("steps", "steps"), ("guidance", "guidance")))
         if min(n, steps) < 1 or guidance < 0: raise ValueError(f"eval_images = {n}, steps = {steps}, guidance = {guidance}; positive numbers are needed, or 0 for the protocol's")
-        if p.get("recall", 0) < 0: raise ValueError(f"recall = {p['recall']}; a number of steps is needed, or 0 to leave it out")
+        if p["recall"] < 0: raise ValueError(f"recall = {p['recall']}; a number of steps is needed, or 0 to leave it out")
         self.metrics = [m.strip() for m in p["metrics"].split(",") if m.strip()]
         for m in self.metrics: choose("metric", m, METRICS)
         device = resolve_device(p["device"], p["precision"])
@@ -154,7 +154,7 @@ class Assessment:
         "Every model asked for the target by name and by a word learnt for it (`recall` steps): images, and a table of rates and CLIP scores. None where that is not asked for."
         import pandas as pd
         from unlearn_wb.plots import show_images
-        ev, steps, original = self.evaluation, self.p.get("recall", 0), self.evaluation.galleries["original"]
+        ev, steps, original = self.evaluation, self.p["recall"], self.evaluation.galleries["original"]
         asked = [q for q in ev.asked if q.group == "target"]
         if not (steps and asked): return None
         scorers, shown = {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, of_each(asked, "target", n)
@@ -172,7 +172,7 @@ class Assessment:
         self.recalled = rows
         def cell(part):
             hit = part.hit.dropna() if "hit" in part else []
-            rate = f"{100 * hit.mean():.0f} [{100 * wilson(int(hit.sum()), len(hit))[0]:.0f}, {100 * wilson(int(hit.sum()), len(hit))[1]:.0f}] %" if len(hit) else ""
+            rate = f"{per_cent(int(hit.sum()), len(hit))} %" if len(hit) else ""
             return ", ".join(x for x in (rate, f"CLIP score {part['clip score'].mean():.1f}" if "clip score" in part else "") if x)
         table = pd.DataFrame([{"model": m} | {w: cell(rows[(rows.model == m) & (rows.word == w)]) for w in ("by name", "by a learnt word")} for m in ev.galleries])
         self._keep(show_images(images.nan_to_num(0), rows=[f"{m}, {w}" for m in ev.galleries for w in ("by name", "by a learnt word")], cols=[asked[i].prompt for i in shown], title=f"Asked for {self.targets} by name, and by a word learnt in {steps} steps"), "recall")

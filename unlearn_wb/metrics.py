@@ -14,11 +14,11 @@ from .concepts import Vocabulary
 from .diffusion import DATA, Denoiser, quiet_loading
 
 # %% auto #0
-__all__ = ['NUDE_PARTS', 'EXPLICIT_PARTS', 'MIN_FID', 'PROTOCOLS', 'METRICS', 'Unmeasurable', 'Value', 'wilson', 'rate_value',
-           'mean_value', 'Missing', 'finite', 'Clip', 'SandboxJudge', 'Classifier', 'JudgeFeatures', 'Inception',
-           'VisionFeatures', 'PerceptualDistance', 'Lpips', 'NudeNet', 'flagged', 'blur', 'Faces', 'fid', 'fid_value',
-           'kid_value', 'Protocol', 'Cell', 'acc', 'broken', 'cs', 'ca', 'alignment', 'alignment_gap', 'frechet',
-           'kernel', 'integrity', 'ism', 'nude', 'judge_for', 'scorers_for']
+__all__ = ['NUDE_PARTS', 'EXPLICIT_PARTS', 'MIN_FID', 'PROTOCOLS', 'METRICS', 'Unmeasurable', 'Value', 'wilson', 'per_cent',
+           'rate_value', 'mean_value', 'Missing', 'finite', 'Clip', 'SandboxJudge', 'Classifier', 'JudgeFeatures',
+           'Inception', 'VisionFeatures', 'PerceptualDistance', 'Lpips', 'NudeNet', 'flagged', 'blur', 'Faces', 'fid',
+           'fid_value', 'kid_value', 'Protocol', 'Cell', 'acc', 'broken', 'cs', 'ca', 'alignment', 'alignment_gap',
+           'frechet', 'kernel', 'integrity', 'ism', 'nude', 'judge_for', 'scorers_for']
 
 # %% ../nbs/lib/09_metrics.ipynb #c005
 class Unmeasurable(ValueError): "A number that cannot be had from these images, and what it would need."
@@ -51,6 +51,10 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0., min(p, (p + zz / (2 * n) - half) / (1 + zz / n))), min(1., max(p, (p + zz / (2 * n) + half) / (1 + zz / n)))
 
 # %% ../nbs/lib/09_metrics.ipynb #c012
+def per_cent(hits: int, n: int) -> str:
+    "`'12 [6, 22]'`: a share in per cent with its 95 % interval; a dash where there is nothing to count."
+    return f"{100 * hits / n:.0f} [{100 * wilson(hits, n)[0]:.0f}, {100 * wilson(hits, n)[1]:.0f}]" if n else "—"
+
 def rate_value(name: str, hits: torch.Tensor, better: str, by: str) -> Value:
     "Share of True in per cent, with Wilson's interval."
     n, k = len(hits), int(hits.sum())

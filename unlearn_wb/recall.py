@@ -43,10 +43,10 @@ def spoken(model: Denoiser,
         for h in hooks: h.remove()
 
 # %% ../nbs/lib/09_recall.ipynb #c007
-def pictures_of(original: Denoiser, erasure: Erasure, n: int = 48, seed: int = 0, cache: Cache | None = None, precision: str = "fp32", callback=None) -> tuple[torch.Tensor, list[str]]:
+def pictures_of(original: Denoiser, erasure: Erasure, n: int = 48, seed: int = 0, cache: Cache | None = None, precision: str = "fp32") -> tuple[torch.Tensor, list[str]]:
     "What the attacker has: `n` pictures of the concept as latents (n,C,h,w), painted by the original, and their prompts."
     prompts = list(bank(erasure, n, seed).target)
-    return paint_bank(original, [prompts], n, seed + 3, cache, callback, precision=precision)[0].to(original.device), prompts
+    return paint_bank(original, [prompts], n, seed + 3, cache, precision=precision)[0].to(original.device), prompts
 
 def learn_word(model: Denoiser, concept: str,
                latents: torch.Tensor,  # pictures of the concept (n,C,h,w)

@@ -17,7 +17,7 @@ from .concepts import Cache, Erasure
 from .diffusion import Denoiser, default_precision, resolve_device, sample
 from .evaluation import Evaluation, Gallery, ask, judged, of_each
 from .loop import unlearn
-from .metrics import PerceptualDistance, SandboxJudge, judge_for, wilson
+from .metrics import PerceptualDistance, SandboxJudge, judge_for, per_cent, wilson
 from .recall import learn_word, pictures_of, spoken
 from .reference import reference_for
 from .registry import METHODS
@@ -29,7 +29,7 @@ from .workbench import read_options
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
            'read_strip', 'strips_there', 'read_strips', 'show_strips', 'poster', 'recall_poster', 'trained', 'outcome',
            'recalled', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'fill', 'share', 'side_by_side',
-           'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_verdict']
+           'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_rate', 'recall_verdict']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -101,7 +101,7 @@ def strips_there(folder: str | Path, concept: str) -> dict[str, torch.Tensor]:
     return {title: read_strip(file) for name, title in names.items() if (file := strip_file(folder, name, concept)).exists()}
 
 def read_strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], list]:
-    "The same, and the probes they show."
+    "The strips of an erasure by their titles, and the probes they show."
     held = strips_there(folder, concept)
     asked = ask(Erasure.find_all(_sandbox()[0], concept), 4)
     return held, [asked[i] for i in strip_of(asked)]
@@ -113,7 +113,7 @@ def show_strips(folder: str | Path, concept: str):
     return show_images(torch.cat(list(held.values())), list(held), [f"{p.group}:\n{p.prompt}" for p in probes]) if held else None
 
 def poster(folder: str | Path, concept: str, across: int = 11):
-    "The same the other way round, one prompt of each group: a column a method, `across` of them side by side. None where there are no strips."
+    "The strips of an erasure, one prompt of each group: a column a method, `across` of them side by side. None where there are no strips."
     held, probes = read_strips(folder, concept)
     first = [next(i for i, p in enumerate(probes) if p.group == g) for g in dict.fromkeys(p.group for p in probes)]
     return _columns(held, first, [f"{probes[i].group}:\n{probes[i].prompt}" for i in first], across) if held else None
@@ -270,8 +270,7 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
 def share(part, group: str, what: str = "hits") -> str:
     "Hits (or broken ones) among a group's images in per cent, with the 95 % interval."
     g = part[part.group == group]
-    k, n = int(g[what].sum()), int(g.n.sum())
-    return f"{100 * k / n:.0f} [{100 * wilson(k, n)[0]:.0f}, {100 * wilson(k, n)[1]:.0f}]" if n else "—"
+    return per_cent(int(g[what].sum()), int(g.n.sum()))
 
 def side_by_side(table, variants: list[str], concepts: list[str] | None = None):
     "Variants as rows: what is seen of each group (`share`), the share of the target's images that show nothing, the retained images' distance I, CPU seconds. Those not run yet are left out. A DataFrame."
@@ -312,6 +311,12 @@ def claim_holds(differences: np.ndarray, sign: int, draws: int = 4000) -> tuple[
     if len(d) < 5: return "too few pairs", (low, high)
     if low <= 0 <= high: return "open", (low, high)
     return "holds" if (low > 0) == (sign > 0) else "does not hold", (low, high)
+
+def recall_rate(table,  # of a study of `recalled`
+                variant: str, concept: str = "") -> float:
+    "Share of a concept's images (or of all concepts') that the word of most steps brings back; nan where there is no run."
+    part = table[(table.variant == variant) & (table.concept == concept if concept else True)].groupby("group", sort=False)[["hits", "n"]].sum()
+    return part.hits.iloc[-1] / part.n.iloc[-1] if len(part) else math.nan
 
 def recall_verdict(table,  # of a study of `recalled`
                    variant: str, concept: str, most: float = .15) -> str:
