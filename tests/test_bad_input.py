@@ -1,12 +1,16 @@
 """Bad input gets one sentence that names the value and what would be right."""
 import json
+import math
 import shutil
+from dataclasses import fields, replace
 
 import pytest
 from conftest import ROOT, parameters, tiny_pipeline
 
+from unlearn_wb.concepts import Erasure
 from unlearn_wb.diffusion import BadModel, Denoiser
 from unlearn_wb.loop import unlearn
+from unlearn_wb.registry import METHODS
 from unlearn_wb.workbench import Experiment
 
 CASES = {
@@ -27,6 +31,15 @@ CASES = {
     "model": (dict(base_model="/nowhere"), "base model '/nowhere' does not exist"),
     "misspelt model": (dict(base_model="sandbx"), "base model 'sandbx' does not exist; give 'sandbox'"),
     "warm-up": (dict(warmup=12), "warmup = 12 leaves nothing of iterations = 12"),
+    "iterations": (dict(iterations=-5, warmup=0), "iterations = -5; a number of at least 1 is needed"),
+    "batch size": (dict(batch_size=-8), "batch_size = -8; a number of at least 1"),
+    "learning rate": (dict(lr=-1e-3), "lr = -0.001; a number of at least 0"),
+    "no number": (dict(lr=float("nan")), "lr = nan; a number of at least 0"),
+    "weight": (dict(weight=-2.), "weight = -2.0; a number of at least 0"),
+    "option": (dict(options="weight_decay=-1"), "weight_decay = -1.0; a number of at least 0"),
+    "none": (dict(options="prompts=0"), "prompts = 0; a number of at least 1"),
+    "timesteps": (dict(options="t_min=500, t_max=200"), "t_min = 500 with t_max = 200; t_min must be smaller"),
+    "too late": (dict(options="t_max=1001"), "t_max = 1001; the model has 1000 timesteps"),
 }
 
 
@@ -36,6 +49,17 @@ def test_refused_with_a_sentence(case, tmp_path):
     with pytest.raises(ValueError) as e: Experiment(parameters(run_dir=str(tmp_path / "run"), **change))
     assert sentence in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_of_every_method(name):
+    sandbox = Denoiser.load()
+    config = METHODS[name].defaults(sandbox, Erasure.find(sandbox, "Snoopy"))
+    numbers = [f.name for f in fields(config) if type(getattr(config, f.name)) in (int, float)]
+    assert len(numbers) > 3
+    for n in numbers:
+        for wrong in (-1, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"^{n} = {wrong}; a number of at least"): replace(config, **{n: wrong})
 
 
 def test_method(tmp_path):

@@ -23,7 +23,7 @@ from .scopes import choose, load_changed
 from .widgets import Progress, Watch
 
 # %% auto #0
-__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'said', 'read_options', 'alerts', 'Experiment']
+__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'read_options', 'alerts', 'Experiment']
 
 # %% ../nbs/lib/14_workbench.ipynb #c005
 COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, batch_size=0, lr=0., combiner="", weight=-1., scope="", images="", retain="", num_images=0,
@@ -31,10 +31,6 @@ COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbo
 PARAMETERS = COMMON | dict(warmup=-1, disc_lr=0., lam=-1., granularity="", sees="")
 WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume", "lora", "push_to_hub", "num_processes", "log_with")  # said of the experiment, not of the method
 MODES = {"simultaneous": "all concepts in one training", "sequential": "one after the other, each from the last one's result"}
-
-def said(value) -> bool:
-    "Whether a parameter was set: not empty, 0 or negative."
-    return bool(value) and value != -1 if not isinstance(value, (int, float)) or isinstance(value, bool) else value > 0
 
 def read_options(text: str, config) -> dict:
     "`'eta=2, loss=noise'` as values for the fields of a method's configuration. Raises `BadParameter`."
@@ -86,11 +82,10 @@ class Experiment:
         self.erasures = Erasure.find_all(self.model, p["concept"], p["anchor"], p["concept_type"], retain)
         config = entry.defaults(self.model, self.erasures[0], p["preset"])
         has = {f.name for f in fields(config)}
-        zero = ("warmup", "lam", "weight")  # 0 is a value of these, not "the default"
-        by_hand = {k: v for k, v in p.items() if k in ("seed", *PARAMETERS) and k not in WHAT and (k == "seed" or said(v) or (k in zero and v == 0))}
-        strange = [k for k in by_hand if k not in has and k != "seed"]
+        by_hand = {k: v for k, v in p.items() if k in PARAMETERS and k not in WHAT and v != PARAMETERS[k]}
+        strange = [k for k in by_hand if k not in has]
         if strange: raise BadParameter(f"method {method} has no {strange[0]}; leave it at its default")
-        by_hand = {k: v for k, v in by_hand.items() if k in has} | read_options(p.get("options", ""), config)
+        by_hand |= read_options(p.get("options", ""), config)
         self.config = replace(config, **({"precision": default_precision(device)} | by_hand))
         if hasattr(self.config, "warmup") and self.config.warmup >= self.config.iterations: raise ValueError(f"warmup = {self.config.warmup} leaves nothing of iterations = {self.config.iterations}; iterations counts the warm-up too and must be larger")
         record = dict(method=method, concept=p["concept"], base_model=p["base_model"], base_model_hash=self.model.base_hash, eval_images=p["eval_images"], mode=p.get("mode", "simultaneous"), **asdict(self.config),

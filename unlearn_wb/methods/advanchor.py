@@ -105,6 +105,7 @@ class Adversary:
 @dataclass(frozen=True)
 class AdvAnchorConfig(MethodConfig):
     "All that decides an AdvAnchor run."
+    at_least_one = MethodConfig.at_least_one + ("cycle",)
     iterations: int = 50
     lr: float = 1e-5
     lr_schedule: str = "constant"
@@ -132,7 +133,6 @@ class AdvAnchor(Anchored):
     choices = Anchored.choices | {"schedule": SCHEDULES, "positions": POSITIONS}
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: AdvAnchorConfig, cache=None, callback=None):
         if config.anchors != "adversarial": raise ValueError(f"anchors = {config.anchors}; AdvAnchor finds its own anchor: leave it at adversarial, or take ConAbl")
-        if config.anchor_steps < 1: raise ValueError(f"anchor_steps = {config.anchor_steps}; at least 1 step is needed to find an anchor")
         if (config.schedule == "alternating") == bool(config.construct): raise ValueError(f"construct = {config.construct} with schedule {config.schedule}: alternating takes 0, the others need some of the {config.iterations} iterations")
         if config.construct >= config.iterations: raise ValueError(f"construct = {config.construct} leaves nothing of iterations = {config.iterations}; iterations counts them too and must be larger")
         super().__init__(model, erasures, config, cache, callback)

@@ -18,6 +18,7 @@ __all__ = ['defaults', 'AmnesiaConfig', 'Amnesia']
 @dataclass(frozen=True)
 class AmnesiaConfig(MethodConfig):
     "All that decides a Selective Amnesia run."
+    at_least_one = MethodConfig.at_least_one + ("fisher_batches",)
     iterations: int = 2000
     lr: float = 1e-5
     combiner: str = "sum"
@@ -30,7 +31,6 @@ class Amnesia(Anchored):
     "Selective Amnesia (Heng and Soh 2023, Eq. 8)."
     name = "Selective Amnesia"
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: AmnesiaConfig, cache=None, callback=None):
-        if config.ewc < 0: raise ValueError(f"ewc = {config.ewc}; 0 or more is needed, such as 50")
         if config.images != "anchor": raise ValueError(f"images = {config.images}; the surrogate distribution is the anchor's images: leave it at anchor")
         super().__init__(model, erasures, config, cache, callback)
         self.fisher = self.information()

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/methods/anchored.ipynb #c002
 from __future__ import annotations
+import math
 from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,20 @@ from ..loop import SCHEDULES, Together
 from ..surgery import GRANULARITIES, RULES, Combiner
 
 # %% auto #0
-__all__ = ['IMAGES', 'KEEPS', 'ADV', 'ANCHORS', 'SCALE', 'MethodConfig', 'defaults_for', 'in_turn', 'paint_bank', 'text_states',
-           'PromptedLatents', 'Noised', 'Anchored', 'try_out']
+__all__ = ['IMAGES', 'KEEPS', 'ADV', 'ANCHORS', 'SCALE', 'check_numbers', 'MethodConfig', 'defaults_for', 'in_turn', 'paint_bank',
+           'text_states', 'PromptedLatents', 'Noised', 'Anchored', 'try_out']
 
 # %% ../../nbs/methods/anchored.ipynb #c005
+def check_numbers(config, at_least_one: tuple = ()):
+    "Raises `ValueError` for a number of a configuration that is not finite, is negative, or is below 1 where that makes no run."
+    for f in fields(config):
+        v, least = getattr(config, f.name), int(f.name in at_least_one)
+        if isinstance(v, (int, float)) and not (math.isfinite(v) and v >= least): raise ValueError(f"{f.name} = {v}; a number of at least {least} is needed")
+
 @dataclass(frozen=True)
 class MethodConfig:
-    "What every anchored method can be told."
+    "What every anchored method can be told. Raises `ValueError` for a number that no run could have."
+    at_least_one = ("iterations", "batch_size", "rank", "anchor_steps", "num_images", "prompts")  # of everything else also none
     iterations: int = 2000  # steps in all
     warmup: int = 0  # of these, steps at the beginning that leave the denoiser alone
     batch_size: int = 8  # images a step, and as many of the retained set
@@ -51,6 +59,10 @@ class MethodConfig:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # translate the denoiser for this machine first (torch.compile): a slow first step, faster ones after it
     seed: int = 0  # of everything random
+
+    def __post_init__(self):
+        check_numbers(self, self.at_least_one)
+        if self.t_min >= self.t_max: raise ValueError(f"t_min = {self.t_min} with t_max = {self.t_max}; t_min must be smaller: timesteps from t_min to below t_max are trained")
 
 IMAGES = {"anchor": "DoCo, ConAbl", "target": "noised images of the target", "both": "half and half", "sampled": "ESD, SDD: the moving model's own sampling path, guidance 3"}
 KEEPS = {"images": "DoCo Eq. 9: the diffusion loss on images of the anchor and the retained concepts", "drift": "squared distance to the original's own predictions on the same",
@@ -130,6 +142,7 @@ class Anchored:
         if config.keep == "none" and config.combiner not in RULES: raise ValueError(f"combiner {config.combiner} weighs two gradients, and keep = none gives one; choose another keep, or combiner sum")
         self.model, self.config, self.erasures, self.together = model, config, erasures, Together()
         for k in ("lr", "lr_schedule", "weight_decay", "clip", "warmup", "iterations", "seed"): setattr(self, k, getattr(config, k))
+        if config.t_max > len(model.abar): raise ValueError(f"t_max = {config.t_max}; the model has {len(model.abar)} timesteps, so at most {len(model.abar)}")
         if config.micro_batch and config.batch_size % config.micro_batch: raise ValueError(f"micro_batch = {config.micro_batch} does not divide batch_size = {config.batch_size}; choose a divisor")
         self.pieces = config.batch_size // config.micro_batch if config.micro_batch else 1
         if config.checkpointing: model.unet.enable_gradient_checkpointing()

@@ -19,6 +19,7 @@ __all__ = ['SEES', 'PRESETS', 'DEFAULTS', 'DoCoConfig', 'defaults', 'PerConcept'
 @dataclass(frozen=True)
 class DoCoConfig(MethodConfig):
     "All that decides a DoCo run, apart from the concept and the model."
+    at_least_one = MethodConfig.at_least_one + ("d_layers", "d_last")
     warmup: int = 1000  # steps at the beginning in which only D learns
     disc_lr: float = 1e-4  # of D
     sees: str = "x0_hat"  # what D looks at: x0_hat or x_prev

@@ -18,6 +18,7 @@ __all__ = ['defaults', 'RecelerConfig', 'Receler']
 @dataclass(frozen=True)
 class RecelerConfig(MethodConfig):
     "All that decides a Receler run."
+    at_least_one = MethodConfig.at_least_one + ("soft_every",)
     iterations: int = 500
     lr: float = 3e-4
     combiner: str = "sum"

@@ -18,6 +18,7 @@ __all__ = ['defaults', 'SalUnConfig', 'SalUn']
 @dataclass(frozen=True)
 class SalUnConfig(MethodConfig):
     "All that decides a SalUn run."
+    at_least_one = MethodConfig.at_least_one + ("probes",)
     iterations: int = 500  # five epochs of 800 images
     lr: float = 1e-5
     lr_schedule: str = "constant"

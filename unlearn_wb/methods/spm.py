@@ -19,6 +19,7 @@ __all__ = ['defaults', 'SPMConfig', 'SPM', 'compose']
 @dataclass(frozen=True)
 class SPMConfig(MethodConfig):
     "All that decides an SPM run."
+    at_least_one = MethodConfig.at_least_one + ("anchor_texts",)
     iterations: int = 3000
     lr: float = 1e-4
     weight_decay: float = 0.

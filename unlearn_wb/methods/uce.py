@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from ..concepts import Cache, Erasure, bank, check_prompts, token_spans
 from ..diffusion import Denoiser, embed_each, need_cross_attention
-from .anchored import defaults_for
+from .anchored import check_numbers, defaults_for
 from ..scopes import Moved, choose
 
 # %% auto #0
@@ -27,6 +27,8 @@ class UCEConfig:
     anchors: str = "anchor"  # what the target is read as: anchor, or nothing (the empty text)
     precision: str = "fp32"  # of painting
     seed: int = 0  # of everything random
+
+    def __post_init__(self): check_numbers(self)
 
 def pairs(model: Denoiser, targets: list[str], anchors: list[str], concept: str, tokens: str) -> tuple[torch.Tensor, torch.Tensor]:
     "Text states (M,D) of the concept in `targets`, and of what stands in its place in `anchors`."
