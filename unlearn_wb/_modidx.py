@@ -1051,4 +1051,5 @@ d = { 'settings': { 'branch': 'main',
                                       'unlearn_wb.workbench.Experiment.train_live': ( 'lib/workbench.html#experiment.train_live',
                                                                                       'unlearn_wb/workbench.py'),
                                       'unlearn_wb.workbench.alerts': ('lib/workbench.html#alerts', 'unlearn_wb/workbench.py'),
-                                      'unlearn_wb.workbench.read_options': ('lib/workbench.html#read_options', 'unlearn_wb/workbench.py')}}}
+                                      'unlearn_wb.workbench.read_options': ('lib/workbench.html#read_options', 'unlearn_wb/workbench.py'),
+                                      'unlearn_wb.workbench.stages': ('lib/workbench.html#stages', 'unlearn_wb/workbench.py')}}}

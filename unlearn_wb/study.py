@@ -23,7 +23,7 @@ from .reference import reference_for
 from .registry import METHODS
 from .scopes import choose
 from .stores import slug
-from .workbench import read_options
+from .workbench import MODES, read_options, stages
 
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
@@ -34,16 +34,18 @@ __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings'
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
 
-def read_variant(variant: str) -> tuple[str, str, str, str]:
-    "`'conabl: anchor=painting, lr=1e-4'` to the method, the anchor (or ''), the preset and the other options. Raises `ValueError`."
+def read_variant(variant: str) -> tuple[str, str, str, str, str]:
+    "`'conabl: anchor=painting, lr=1e-4'` to the method, the anchor (or ''), the preset, the mode and the other options. Raises `ValueError`."
     name, _, options = (x.strip() for x in variant.partition(":"))
     if name != REFERENCE: choose("method", name, METHODS)
     parts = {k.strip(): v.strip() for k, _, v in (x.partition("=") for x in options.split(",") if x.strip())}
-    return name, parts.pop("anchor", ""), parts.pop("preset", "default"), ", ".join(f"{k}={v}" for k, v in parts.items())
+    mode = parts.pop("mode", "simultaneous")
+    choose("mode", mode, MODES)
+    return name, parts.pop("anchor", ""), parts.pop("preset", "default"), mode, ", ".join(f"{k}={v}" for k, v in parts.items())
 
 def configure(variant: str, model: Denoiser, erasure: Erasure, **given):
     "The configuration of a variant; its own options win over those given."
-    name, _, preset, options = read_variant(variant)
+    name, _, preset, _, options = read_variant(variant)
     config = METHODS[name].defaults(model, erasure, preset)
     return replace(config, **(given | read_options(options, config)))
 
@@ -54,20 +56,22 @@ def _sandbox():
 
 def settings(variant: str) -> dict:
     "What decides a run of a variant on the sandbox, whatever the concept: method, anchor, every option but the seed and what depends on the device, the fingerprints of the original and the judge. An option that depends on the kind of concept is given as for a style."
-    name, anchor, _, _ = read_variant(variant)
+    name, anchor, _, mode, _ = read_variant(variant)
     model, erasure, judge = _sandbox()
     options = {} if name == REFERENCE else asdict(configure(variant, model, erasure))
     for k in ("seed", "precision"): options.pop(k, None)
-    return json.loads(json.dumps(dict(method=name, anchor=anchor, original=model.base_hash, judge=judge) | options, default=str))
+    return json.loads(json.dumps(dict(method=name, anchor=anchor, original=model.base_hash, judge=judge) | ({} if mode == "simultaneous" else {"mode": mode}) | options, default=str))
 
 def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None, device: str = "cpu", precision: str = ""):
-    "The method of a variant, ready to train. Returns it and its erasures."
-    name, anchor, _, _ = read_variant(variant)
+    "The method of a variant, ready to train, and what is forgotten in all; one after the other where `mode=sequential`, each on what the last one's training left."
+    name, anchor, _, mode, _ = read_variant(variant)
     model = Denoiser.load(device=device)
     erasures = Erasure.find_all(model, concept, anchor)
     if anchor: erasures = [replace(e, retained=tuple(r for r in plain.retained if r != e.anchor)) for e, plain in zip(erasures, Erasure.find_all(model, concept))]  # the same ones whatever the anchor
     config = configure(variant, model, erasures[0], seed=seed, precision=precision or default_precision(device))
-    return METHODS[name].make(model, erasures, config, cache), erasures
+    for k, some in enumerate(stages(mode, erasures)):
+        if k: del model._hash  # the weights are others now
+        yield METHODS[name].make(model, some, config, cache), erasures
 
 SHOWN = {"target": 3, "linked": 1, "retained": 2, "other": 1}  # images of a run's strip
 
@@ -140,13 +144,13 @@ def trained(variant: str, concept: str, seed: int, cache: Cache, device: str, pr
         erasures = Erasure.find_all(original, concept)
         where = reference_for(original, [e.target for e in erasures])
         return (Denoiser.load(unet=where, device=device), erasures, took) if where else None
-    method, erasures = build(variant, concept, seed, cache, device, precision)
-    began = time.process_time()
-    if hasattr(method, "solve"): method.solve()
-    else:
-        for _ in unlearn(method): pass
-    took = time.process_time() - began if device == "cpu" else float("nan")
-    if hasattr(method.moved, "merge"): method.moved.merge()
+    for method, erasures in build(variant, concept, seed, cache, device, precision):
+        began = time.process_time()
+        if hasattr(method, "solve"): method.solve()
+        else:
+            for _ in unlearn(method): pass
+        took += time.process_time() - began if device == "cpu" else float("nan")
+        if hasattr(method.moved, "merge"): method.moved.merge()
     return method.model, erasures, took
 
 def outcome(variant: str, concept: str, seed: int = 0,

@@ -23,7 +23,7 @@ from .scopes import choose, load_changed
 from .widgets import Progress, Watch
 
 # %% auto #0
-__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'read_options', 'alerts', 'Experiment']
+__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'stages', 'read_options', 'alerts', 'Experiment']
 
 # %% ../nbs/lib/14_workbench.ipynb #c005
 COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, batch_size=0, lr=0., combiner="", weight=-1., scope="", images="", retain="", num_images=0,
@@ -31,6 +31,10 @@ COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbo
 PARAMETERS = COMMON | dict(warmup=-1, disc_lr=0., lam=-1., granularity="", sees="")
 WHAT = ("concept", "anchor", "concept_type", "base_model", "preset", "retain", "mode", "options", "eval_images", "device", "run_dir", "resume", "lora", "push_to_hub", "num_processes", "log_with")  # said of the experiment, not of the method
 MODES = {"simultaneous": "all concepts in one training", "sequential": "one after the other, each from the last one's result"}
+
+def stages(mode: str, erasures: list[Erasure]) -> list[list[Erasure]]:
+    "What is forgotten together, in order."
+    return [[e] for e in erasures] if mode == "sequential" else [erasures]
 
 def read_options(text: str, config) -> dict:
     "`'eta=2, loss=noise'` as values for the fields of a method's configuration. Raises `BadParameter`."
@@ -92,7 +96,7 @@ class Experiment:
                       erasures=[dict(target=e.target, kind=e.kind, anchor=e.anchor, retained=list(e.retained), linked=list(e.linked)) for e in self.erasures], device=device, versions=versions())
         self.run = Run.open(p["run_dir"], record, f"{slug(p['concept'])}-{method}", p["resume"], home)
         self.cache, self.watch, self.progress = cache or Cache(self.run.folder / "cache"), Watch, progress
-        self.stages = [[e] for e in self.erasures] if p.get("mode") == "sequential" else [self.erasures]
+        self.stages = stages(p.get("mode", "simultaneous"), self.erasures)
         self._enter(0)
 
     @property
