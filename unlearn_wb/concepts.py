@@ -4,7 +4,7 @@
 
 # %% ../nbs/lib/03_concepts.ipynb #c002
 from __future__ import annotations
-import difflib, hashlib, json, os
+import difflib, hashlib, json, os, re
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -66,6 +66,18 @@ def similarity(model: Denoiser,
 # %% ../nbs/lib/03_concepts.ipynb #c009
 KINDS = ("style", "instance")
 
+def _parts(name: str, v: Vocabulary) -> list[str]:
+    "The known concepts that a text lists in another way than by +."
+    known = {n.lower(): n for n in v.names()}
+    found = [known.get(p, "") for p in re.split(r"\s*(?:[,;&]|\band\b)\s*", name.lower())]
+    return found if len(found) > 1 and all(found) else []
+
+def _unknown(name: str, v: Vocabulary, what: str = "concept", role: str = "") -> BadConcept:
+    "What to say of a name that a closed world does not have."
+    near, linked = nearest_name(name, v.names()), next((c for p, c in v.links.items() if p.lower() == name.lower()), "")
+    hint = f"it is a phrase linked to '{linked}': name that, and see whether the phrase goes too; " if linked else f"did you mean '{near}'? " if near else ""
+    return BadConcept(f"unknown {what} '{name}'{role}; {hint}this model's world has {', '.join(v.names() + ((v.plain,) if what == 'anchor' else ()))}")
+
 def nearest_name(wrong: str, right) -> str:
     "The nearest valid name, for error messages."
     hits = difflib.get_close_matches(wrong.lower(), [r.lower() for r in right], n=1, cutoff=0.5)
@@ -96,9 +108,9 @@ class Erasure:
         if not concept: raise BadConcept("the concept is empty; name what to forget, for example 'Van Gogh'")
         if kind and kind not in KINDS: raise BadConcept(f"unknown concept_type '{kind}'; choose {' or '.join(KINDS)}")
         known = next((n for n in v.names() + (v.plain,) if n.lower() == concept.lower()), "")
-        if v.closed and not known:
-            hint = nearest_name(concept, v.names())
-            raise BadConcept(f"unknown concept '{concept}'; " + (f"did you mean '{hint}'? " if hint else "") + f"this model's world has {', '.join(v.names())}")
+        for name in (concept, *retain):
+            if several := _parts(name, v): raise BadConcept(f"'{name}' names several concepts; join them by +: '{' + '.join(several)}'")
+        if v.closed and not known: raise _unknown(concept, v)
         concept = known or concept
         if not kind: kind = "style" if concept in v.styles or concept not in v.names() and _looks_like_style(model, concept, v) else "instance"
         similar = similarity(model, concept, list(v.styles + (v.plain,) if kind == "style" else v.things + v.characters))
@@ -107,11 +119,10 @@ class Erasure:
         if not anchor: anchor = v.plain if kind == "style" else v.parents.get(concept, nearest)
         if anchor.lower() == concept.lower(): raise BadConcept(f"the anchor '{anchor}' is the concept itself; name something else to say instead, or leave it empty to have one found")
         described = len(anchor.split()) > 2  # "a small white dog with black ears"
-        if v.closed and not described and anchor.lower() not in [n.lower() for n in v.names() + (v.plain, "photo")]:
-            raise BadConcept(f"unknown anchor '{anchor}'; this model's world has {', '.join(v.names() + (v.plain,))}")
+        if v.closed and not described and anchor.lower() not in [n.lower() for n in v.names() + (v.plain, "photo")]: raise _unknown(anchor, v, "anchor")
         pool = retain or tuple(n for n in similar if n.lower() not in gone | {anchor.lower(), v.plain})[:related]
         for r in pool:
-            if v.closed and r.lower() not in [n.lower() for n in v.names()]: raise BadConcept(f"unknown concept '{r}' to retain; this model's world has {', '.join(v.names())}")
+            if v.closed and r.lower() not in [n.lower() for n in v.names()]: raise _unknown(r, v, role=" to retain")
             if r.lower() in gone: raise BadConcept(f"'{r}' is both to be forgotten and to be retained; take it out of one of the two")
         linked = tuple(p for p, c in v.links.items() if c.lower() == concept.lower())
         return cls(concept, kind, anchor, tuple(pool), linked, v, similar)
