@@ -33,6 +33,7 @@ CASES = {
     "retain": (dict(retain="Snopy"), "unknown concept 'Snopy' to retain"),
     "type": (dict(concept_type="artist"), "unknown concept_type 'artist'; choose style or instance"),
     "model": (dict(base_model="/nowhere"), "base model '/nowhere' does not exist"),
+    "no model": (dict(base_model=""), "the base model is empty; give 'sandbox'"),
     "misspelt model": (dict(base_model="sandbx"), "base model 'sandbx' does not exist; give 'sandbox'"),
     "warm-up": (dict(warmup=12), "warmup = 12 leaves nothing of iterations = 12"),
     "iterations": (dict(iterations=-5, warmup=0), "iterations = -5; a number of at least 1 is needed"),
@@ -102,6 +103,15 @@ def test_run_dir_of_another_configuration(tmp_path):
     (tmp_path / "run/config.json").write_text(json.dumps({"concept": "Monet", "method": "doco"}))
     with pytest.raises(ValueError, match="holds a run with another configuration.*concept is"): Experiment(parameters(run_dir=str(tmp_path / "run")))
     assert json.loads((tmp_path / "run/config.json").read_text()) == {"concept": "Monet", "method": "doco"}
+
+
+def test_run_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/run' cannot be written to .Not a directory.; give a folder that can"): Experiment(parameters(run_dir=str(tmp_path / "file/run")))
+
+
+def test_spaces_in_a_concept_do_not_matter(tmp_path):
+    assert Experiment(parameters(run_dir=str(tmp_path / "run"), concept=" Van   Gogh ")).targets == "van gogh"
 
 
 def test_not_finite_stops_before_the_weights_are_touched(tmp_path):

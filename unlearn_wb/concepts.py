@@ -104,7 +104,7 @@ class Erasure:
              related: int = 5  # how many retained concepts to find
             ) -> "Erasure":
         "Complete what was not said. Raises `BadConcept` in a sentence that names the value."
-        v, concept, anchor = Vocabulary.of(model), concept.strip(), anchor.strip()
+        v, concept, anchor = Vocabulary.of(model), " ".join(concept.split()), " ".join(anchor.split())
         if not concept: raise BadConcept("the concept is empty; name what to forget, for example 'Van Gogh'")
         if kind and kind not in KINDS: raise BadConcept(f"unknown concept_type '{kind}'; choose {' or '.join(KINDS)}")
         known = next((n for n in v.names() + (v.plain,) if n.lower() == concept.lower()), "")
@@ -132,7 +132,7 @@ class Erasure:
                  concepts: str,  # one, or several joined by +
                  anchor: str = "", kind: str = "", retain: tuple = ()) -> list["Erasure"]:
         "One for each of the concepts that are forgotten together; none of them is retained for another. Raises `BadConcept`."
-        names = [n.strip() for n in concepts.split("+")]
+        names = [" ".join(n.split()) for n in concepts.split("+")]
         low = [n.lower() for n in names]
         if len(set(low)) < len(low): raise BadConcept(f"'{concepts}' names a concept twice; name each once")
         inside = next(((a, b) for a in low for b in low if a != b and f" {a} " in f" {b} "), None)

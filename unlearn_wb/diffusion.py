@@ -93,6 +93,7 @@ PIPELINES = {"StableDiffusionPipeline": _PARTS, "StableDiffusionXLPipeline": _PA
 def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
                  ) -> str:  # a directory that exists, or a hub id
     "Where a model is. Checks a local directory for what is missing or unsafe before anything is loaded."
+    if not str(name).strip(): raise BadModel("the base model is empty; give 'sandbox', a diffusers directory, or a hub id")
     if str(name) == "sandbox": name = DATA / "sandbox" / "base"
     path = Path(name).expanduser()
     if not path.exists():

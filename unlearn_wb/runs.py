@@ -90,8 +90,10 @@ class Run:
             if different: raise BadRun(f"run_dir '{run_dir}' holds a run with another configuration ({'; '.join(different[:4])}); give another run_dir, or the same parameters")
             if not resume and (run.folder / "trace.parquet").exists(): raise BadRun(f"run_dir '{run_dir}' holds this run already; add -p resume True to go on with it, or give another run_dir")
         else:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            with room(run.folder): write_json(run.folder / "config.json", config)
+            try:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                with room(run.folder): write_json(run.folder / "config.json", config)
+            except OSError as e: raise BadRun(f"run_dir '{run_dir}' cannot be written to ({e.strerror}); give a folder that can") from e
         run.send(insist=True)
         return run
 
