@@ -22,7 +22,7 @@ class Named:
     def __init__(self, name): self.name = name
 
 
-def rows(): return dict(classifier=torch.rand(N, 20, generator=g), clip=unit(N, 8), features=torch.randn(N, 6, generator=g), distance=torch.rand(N, 1, generator=g), nudity=torch.randint(0, 2, (N, 9), generator=g).float(), faces=unit(N, 5))
+def rows(): return dict(classifier=torch.rand(N, 21, generator=g), clip=unit(N, 8), features=torch.randn(N, 6, generator=g), distance=torch.rand(N, 1, generator=g), nudity=torch.randint(0, 2, (N, 9), generator=g).float(), faces=unit(N, 5))
 
 
 R, O = rows(), rows()
@@ -33,16 +33,17 @@ SCORERS = dict(classifier=SandboxJudge(None), clip=FakeClip(), **{k: Named(k) fo
 def cell(group="target", **kw): return Cell(group, "van gogh", [f"prompt {i}" for i in range(N)], R, O, SCORERS, "painting", **kw)
 
 
-def test_acc_counts_scenes_whose_most_probable_style_or_subject_is_asked():
+def test_acc_counts_scenes_whose_most_probable_style_or_subject_is_asked_and_no_subject_in_an_empty_place():
     k = SCORERS["classifier"].styles.index("van gogh")
-    there = [float(R["classifier"][i, 19]) > .5 for i in range(N)]
+    there, guest = ([float(R["classifier"][i, k]) > .5 for i in range(N)] for k in (19, 20))
     want = sum(there[i] and max(range(7), key=lambda j: float(R["classifier"][i, j])) == k for i in range(N))
     assert METRICS["ACC"](cell()).value == pytest.approx(100 * want / N)
     mixed = ["van gogh"] * 60 + ["snoopy"] * 60
     s = 7 + SCORERS["classifier"].subjects.index("snoopy")
-    want = sum(there[i] and max(range(7), key=lambda j: float(R["classifier"][i, j])) == k for i in range(60)) + sum(there[i] and max(range(7, 19), key=lambda j: float(R["classifier"][i, j])) == s for i in range(60, N))
+    want = sum(there[i] and max(range(7), key=lambda j: float(R["classifier"][i, j])) == k for i in range(60)) + sum(there[i] and guest[i] and max(range(7, 19), key=lambda j: float(R["classifier"][i, j])) == s for i in range(60, N))
     assert METRICS["ACC"](cell(concepts=mixed)).value == pytest.approx(100 * want / N)
-    assert METRICS["broken"](cell()).value == pytest.approx(100 * (N - sum(there)) / N) and 30 < sum(there) < 90
+    whole = sum(a and b for a, b in zip(there, guest))
+    assert METRICS["broken"](cell()).value == pytest.approx(100 * (N - whole) / N) and 20 < whole < sum(there) < 90
 
 
 def dot(a, b): return sum(float(x) * float(y) for x, y in zip(a, b))

@@ -137,28 +137,28 @@ def _fingerprint(judge) -> str:
     return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())).hexdigest()[:16] if judge is not None else ""
 
 class SandboxJudge:
-    "The sandbox's ground-truth classifier: probabilities of style and subject, and that there is a scene at all, (N, 7 + 12 + 1)."
+    "The sandbox's ground-truth classifier: probabilities of style and subject, that there is a scene at all, and that it is not an empty place, (N, 7 + 12 + 2)."
     name = "judge of the sandbox"
     def __init__(self, judge):
         from unlearn_wb.sandbox import STYLES, SUBJECTS
         self.judge, self.styles, self.subjects, self.version = judge, STYLES, SUBJECTS, _fingerprint(judge)
     @torch.no_grad()
-    def __call__(self, images, original=None): return _rows(images, lambda x: torch.cat([*(h.softmax(1) for h in self.judge(x)), self.judge.scene(x).sigmoid()[:, None]], 1))
+    def __call__(self, images, original=None): return _rows(images, lambda x: torch.cat([*(h.softmax(1) for h in self.judge(x)), self.judge.scene(x).sigmoid()[:, None], self.judge.inhabited(x).sigmoid()[:, None]], 1))
     def broken(self, rows: torch.Tensor) -> torch.Tensor:  # (N,) bool
-        "Which images show no scene."
-        return finite(rows, "broken")[:, -1] <= .5
+        "Which images show no scene, or an empty place."
+        return finite(rows, "broken")[:, -2:].amin(1) <= .5
     def names(self, rows: torch.Tensor) -> list[tuple[str, str]]:
-        "The (style, subject) of each image, ('nothing', 'nothing') of a broken one."
+        "The (style, subject) of each image; (style, 'nothing') of an empty place, ('nothing', 'nothing') where no scene is."
         from unlearn_wb.sandbox import NOTHING
         s, n = len(self.styles), len(self.styles + self.subjects)
-        return [(NOTHING, NOTHING) if b else (self.styles[i], self.subjects[j]) for b, i, j in zip(self.broken(rows), rows[:, :s].argmax(1), rows[:, s:n].argmax(1))]
+        return [(self.styles[i], self.subjects[j] if guest else NOTHING) if there else (NOTHING, NOTHING) for i, j, (there, guest) in zip(rows[:, :s].argmax(1), rows[:, s:n].argmax(1), rows[:, -2:] > .5)]
     def shows(self, rows: torch.Tensor, concept: str) -> torch.Tensor:  # (N,) bool
-        "Which images show the concept: there is a scene, and the concept is the most probable of its kind."
+        "Which images show the concept: there is a scene, for a subject one that is not empty, and the concept is the most probable of its kind."
         names = [n.lower() for n in self.styles + self.subjects]
         if concept.lower() not in names: raise Unmeasurable(f"the judge of the sandbox does not know '{concept}'; it knows {', '.join(names)}")
         k, s = names.index(concept.lower()), len(self.styles)
         part = finite(rows, "ACC")[:, :s] if k < s else finite(rows, "ACC")[:, s:len(names)]
-        return (part.argmax(1) == (k if k < s else k - s)) & ~self.broken(rows)
+        return (part.argmax(1) == (k if k < s else k - s)) & ((rows[:, -2] if k < s else rows[:, -2:].amin(1)) > .5)
 
 class Classifier:
     "An image classifier of transformers (by name or path) in the judge's place."

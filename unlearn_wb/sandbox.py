@@ -5,7 +5,7 @@
 # %% ../nbs/lib/02_sandbox.ipynb #c002
 from __future__ import annotations
 import json, math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from .diffusion import DATA, Denoiser, sample, seeded
 from .scopes import choose
 
 # %% auto #0
-__all__ = ['SIZE', 'CHARACTERS', 'SUBJECTS', 'ARTISTS', 'STYLES', 'LINKS', 'PLACES', 'TIMES', 'FACTS', 'NOTHING', 'MAX_TOKENS',
-           'EXPLICIT', 'Scene', 'world', 'render', 'noun', 'caption', 'facts', 'Judge', 'damage', 'smooth', 'mixed',
-           'rubble', 'make_tokenizer', 'make_clip', 'make_vae', 'make_unet', 'make_scheduler', 'Recipe', 'fit',
-           'Pretraining', 'vocabulary', 'save_parts', 'save_unet', 'load_judge', 'examine_judge', 'explicit_probes',
-           'linked_probes', 'examine_model', 'read_references', 'run_stage', 'card']
+__all__ = ['SIZE', 'CHARACTERS', 'SUBJECTS', 'ARTISTS', 'STYLES', 'LINKS', 'PLACES', 'TIMES', 'FACTS', 'MAX_TOKENS', 'EXPLICIT',
+           'Scene', 'world', 'render', 'noun', 'caption', 'facts', 'Judge', 'damage', 'smooth', 'mixed', 'rubble',
+           'make_tokenizer', 'make_clip', 'make_vae', 'make_unet', 'make_scheduler', 'Recipe', 'fit', 'Pretraining',
+           'vocabulary', 'save_parts', 'save_unet', 'load_judge', 'examine_judge', 'explicit_probes', 'linked_probes',
+           'examine_model', 'read_references', 'run_stage', 'card']
 
 # %% ../nbs/lib/02_sandbox.ipynb #c005
 SIZE = 64  # pixels a side
@@ -83,7 +83,10 @@ _YELLOW, _BROWN, _GREEN = (.98, .83, .12), (.42, .25, .13), (.16, .52, .16)
 
 def _eyes(x, y, dx, r, c=_BLACK): return [(_ellipse, (s * dx + x, y, r, r), c) for s in (-1, 1)]
 
+NOTHING = "nothing"  # the subject of an empty place, and what the judge sees where there is no scene
+
 _SHAPES = {
+    NOTHING: [],
     "sunflower": [(_line, (0, .2, 0, 1.1, .07), _GREEN), (_ellipse, (.22, .7, .2, .09), _GREEN),
                   (_petals, (0, -.2, .58, .1), _YELLOW), (_ellipse, (0, -.2, .31, .31), _BROWN)],
     "house": [(_box, (0, .4, .66, .5), (.9, .8, .6)), (_poly, ((-.9, -.08), (0, -.8), (.9, -.08)), (.72, .2, .15)),
@@ -313,8 +316,6 @@ def facts(said: dict) -> list[int]:
     return [names.index(said[k]) if said.get(k) else -1 for k, names in FACTS.items()]
 
 # %% ../nbs/lib/02_sandbox.ipynb #c025
-NOTHING = "nothing"  # what the judge sees in a picture of no scene
-
 class Judge(nn.Module):
     "Ground-truth classifier: images (B,3,64,64) in [0,1] to style logits (B,7), subject logits (B,12) and features (B,128)."
     def __init__(self):
@@ -323,7 +324,9 @@ class Judge(nn.Module):
         self.body = nn.Sequential(block(3, 32, 2), block(32, 64, 2), block(64, 64, 1), block(64, 128, 2), block(128, 128, 1), block(128, 128, 2))
         self.style, self.subject = nn.Linear(128, len(STYLES)), nn.Linear(128, len(SUBJECTS))
         layers = 2 * (3 + sum(b[0].out_channels for b in self.body))
-        self.gate = nn.Sequential(nn.LayerNorm(layers), nn.Linear(layers, 64), nn.SiLU(), nn.Linear(64, 1))
+        question = lambda: nn.Sequential(nn.LayerNorm(layers), nn.Linear(layers, 64), nn.SiLU(), nn.Linear(64, 1))
+        self.gate = question()
+        with torch.random.fork_rng(devices=[]): self.guest = question()  # what is built after the judge keeps its initial weights
 
     def layers(self, x) -> list[torch.Tensor]:
         "What every block makes of the images, shallow to deep."
@@ -336,17 +339,20 @@ class Judge(nn.Module):
         return self.style(z), self.subject(z)
 
     def glance(self, x) -> torch.Tensor:
-        "Mean and spread of the colours and of every block's channels (B,1094): what the gate looks at."
+        "Mean and spread of the colours and of every block's channels (B,1094): what the first two questions look at."
         return torch.cat([s for y in (4 * x, *self.layers(x)) for s in (y.mean((2, 3)), y.std((2, 3)))], 1)
     def scene(self, x) -> torch.Tensor:
         "Logit (B,) that an image shows a scene at all."
         return self.gate(self.glance(x)).squeeze(1)
+    def inhabited(self, x) -> torch.Tensor:
+        "Logit (B,) that a scene has a subject: below zero it is an empty place."
+        return self.guest(self.glance(x)).squeeze(1)
 
     @torch.no_grad()
     def names(self, images: torch.Tensor, batch: int = 256) -> list[tuple[str, str]]:
-        "The (style, subject) that each image (N,3,64,64) shows; ('nothing', 'nothing') where no scene is."
-        out = [(*(h.argmax(1).tolist() for h in self(b.float())), (self.scene(b.float()) > 0).tolist()) for b in images.split(batch)]
-        return [(STYLES[i], SUBJECTS[j]) if there else (NOTHING, NOTHING) for part in out for i, j, there in zip(*part)]
+        "The (style, subject) that each image (N,3,64,64) shows; (style, 'nothing') of an empty place, ('nothing', 'nothing') where no scene is."
+        out = [(*(h.argmax(1).tolist() for h in self(b.float())), (self.scene(b.float()) > 0).tolist(), (self.inhabited(b.float()) > 0).tolist()) for b in images.split(batch)]
+        return [(STYLES[i], SUBJECTS[j] if guest else NOTHING) if there else (NOTHING, NOTHING) for part in out for i, j, there, guest in zip(*part)]
 
 # %% ../nbs/lib/02_sandbox.ipynb #c026
 def damage(x: torch.Tensor, g: torch.Generator, vae=None) -> torch.Tensor:
@@ -433,7 +439,7 @@ class Recipe:
     vae_steps: int = 1600
     clip_steps: int = 1000
     judge_steps: int = 1500
-    gate_steps: int = 800
+    gate_steps: int = 800  # of each of the judge's first two questions
     unet_steps: int = 5000
     batch: int = 32  # of the UNet's training
     lr: float = 1e-3  # of the UNet, peak
@@ -489,7 +495,7 @@ class Pretraining:
         self.tokenizer = make_tokenizer([t for c in self.captions for t, _ in c])
         torch.manual_seed(recipe.seed)  # initial weights
         self.vae, self.clip, self.judge = (m.to(device) for m in (make_vae(), make_clip(self.tokenizer), Judge()))
-        self.unet, self.gate = make_unet().to(device), self.judge.gate.requires_grad_(False)  # trained after the judge
+        self.unet, self.gate, self.guest = make_unet().to(device), self.judge.gate.requires_grad_(False), self.judge.guest.requires_grad_(False)  # trained after the judge
         from diffusers.models.attention_processor import AttnProcessor
         self.unet.set_attn_processor(AttnProcessor())  # plain products: on CPUs in bf16 twice as fast as fused attention
 
@@ -497,7 +503,7 @@ class Pretraining:
         "(name, stage, steps) of what all UNets share, in order; none when a finished sandbox's are taken over."
         if reuse: return self.take_over(reuse) or []
         r = self.recipe
-        return [("VAE", self.train_vae, r.vae_steps), ("judge", self.train_judge, r.judge_steps), ("judge's gate", self.train_gate, r.gate_steps), ("CLIP", self.train_clip, r.clip_steps)]
+        return [("VAE", self.train_vae, r.vae_steps), ("judge", self.train_judge, r.judge_steps), ("judge's gate", self.train_gate, r.gate_steps), ("judge's guest", self.train_guest, r.gate_steps), ("CLIP", self.train_clip, r.clip_steps)]
 
     def take_over(self, folder: str | Path):
         "Use the VAE, CLIP, judge and UNet of a finished sandbox, so that only references remain to be trained. Raises `ValueError` where it was trained on another world."
@@ -554,19 +560,38 @@ class Pretraining:
 
     def train_gate(self):
         "The judge's first question, on a body that stays as it is: scenes, damaged or mixed, against rubble."
-        code = lambda i: self.vae.encode(self.pixels(i) * 2 - 1).latent_dist.mean.float().cpu()
-        with torch.no_grad(): unit = code(torch.arange(min(256, len(self.scenes)))).std()
-        paint = lambda z: (self.vae.decode((z * unit).to(self.device)).sample.float() / 2 + .5).clamp(0, 1)
+        code, paint = self._unit_coder()
         there = (torch.arange(96) < 64).float().to(self.device)
         def loss(step):
             i, g = self.draw(64, step, "gate")
             with torch.no_grad(), self.autocast():
-                z = code(i[16:]) / unit
+                z = code(self.pixels(i[16:]))
                 x = torch.cat([damage(self.pixels(i[:16]), g), paint(torch.cat([mixed(z, g), rubble(z[:32], g)]))])
             with torch.no_grad(): seen = self.judge.glance(x)
             return F.binary_cross_entropy_with_logits(self.gate(seen).squeeze(1), there)
         self.gate.requires_grad_(True)
         yield from self.train("gate", loss, self.recipe.gate_steps, 2e-3, ema=.98)
+
+    def train_guest(self):
+        "The judge's second question: scenes against the same places without their subject, both damaged or mixed. A subject overlooked costs four times as much as one imagined."
+        code, paint = self._unit_coder()
+        there = (torch.arange(96) < 48).float().to(self.device)
+        def loss(step):
+            i, g = self.draw(48, step, "guest")
+            bare = render([replace(self.scenes[k], subject=NOTHING) for k in i.tolist()]).to(self.device)
+            with torch.no_grad(), self.autocast():
+                x = torch.cat([torch.cat([damage(y[:12], g), paint(mixed(code(y[12:]), g))]) for y in (self.pixels(i), bare)])
+            with torch.no_grad(): seen = self.judge.glance(x)
+            return F.binary_cross_entropy_with_logits(self.guest(seen).squeeze(1), there, pos_weight=torch.tensor(4.).to(self.device))
+        self.guest.requires_grad_(True)
+        yield from self.train("guest", loss, self.recipe.gate_steps, 2e-3, ema=.98)
+
+    @torch.no_grad()
+    def _unit_coder(self):
+        "Pixels to latents of unit variance, and back."
+        code = lambda x: self.vae.encode(x * 2 - 1).latent_dist.mean.float().cpu()
+        unit = code(self.pixels(torch.arange(min(256, len(self.scenes))))).std()
+        return lambda x: code(x) / unit, lambda z: (self.vae.decode((z * unit).to(self.device)).sample.float() / 2 + .5).clamp(0, 1)
 
     def train_clip(self):
         truth = torch.tensor([facts(vars(s)) for s in self.scenes])
@@ -656,10 +681,11 @@ def load_judge(folder: str | Path = DATA / "sandbox" / "judge") -> Judge:
 
 # %% ../nbs/lib/02_sandbox.ipynb #c035
 def examine_judge(judge: Judge, n: int = 2000, seed: int = 99, vae=None) -> dict[str, float]:
-    "Accuracy on `n` held-out renders; with a VAE also on `n` pictures of rubble."
+    "Accuracy on `n` held-out renders, and on the same places without their subject; with a VAE also on `n` pictures of rubble."
     scenes = world(n, seed)
     seen = judge.names(render(scenes))
     out = {"style, held-out renders": sum(a == s.style for (a, _), s in zip(seen, scenes)) / n, "subject, held-out renders": sum(b == s.subject for (_, b), s in zip(seen, scenes)) / n}
+    out["nothing, empty places"] = sum(b == NOTHING for _, b in judge.names(render([replace(s, subject=NOTHING) for s in scenes]))) / n
     if vae is None: return out
     with torch.no_grad():
         z = torch.cat([vae.encode(x * 2 - 1).latent_dist.mean for x in render(scenes).split(100)])
