@@ -15,11 +15,11 @@ from .diffusion import DATA, Denoiser, sample, seeded
 from .scopes import choose
 
 # %% auto #0
-__all__ = ['SIZE', 'CHARACTERS', 'SUBJECTS', 'ARTISTS', 'STYLES', 'LINKS', 'PLACES', 'TIMES', 'FACTS', 'MAX_TOKENS', 'EXPLICIT',
-           'Scene', 'world', 'render', 'noun', 'caption', 'facts', 'Judge', 'damage', 'smooth', 'mixed', 'rubble',
-           'make_tokenizer', 'make_clip', 'make_vae', 'make_unet', 'make_scheduler', 'Recipe', 'fit', 'Pretraining',
-           'vocabulary', 'save_parts', 'save_unet', 'load_judge', 'examine_judge', 'explicit_probes', 'linked_probes',
-           'examine_model', 'read_references', 'run_stage', 'card']
+__all__ = ['SIZE', 'CHARACTERS', 'SUBJECTS', 'ARTISTS', 'STYLES', 'LINKS', 'NOTHING', 'PLACES', 'TIMES', 'FACTS', 'MAX_TOKENS',
+           'EXPLICIT', 'Scene', 'world', 'render', 'noun', 'caption', 'facts', 'Judge', 'damage', 'smooth', 'mixed',
+           'rubble', 'make_tokenizer', 'make_clip', 'make_vae', 'make_unet', 'make_scheduler', 'Recipe', 'fit',
+           'Pretraining', 'vocabulary', 'save_parts', 'save_unet', 'load_judge', 'examine_judge', 'explicit_probes',
+           'linked_probes', 'examine_model', 'read_references', 'run_stage', 'card']
 
 # %% ../nbs/lib/02_sandbox.ipynb #c005
 SIZE = 64  # pixels a side
@@ -30,6 +30,7 @@ STYLES = ("photo", "painting") + ARTISTS
 LINKS = {  # phrase -> the concept that it belongs to
     "starry night": "van gogh", "guernica": "picasso", "water lilies": "monet",
     "husky": "dog", "tabby": "cat", "flying ace": "snoopy"}
+NOTHING = "nothing"  # the subject of an empty place, and what the judge sees where there is no scene
 PLACES = ("field", "snow", "desert")
 TIMES = ("noon", "sunset")
 
@@ -82,8 +83,6 @@ _BLACK, _WHITE, _RED = (.07, .07, .08), (.97, .97, .97), (.86, .13, .12)
 _YELLOW, _BROWN, _GREEN = (.98, .83, .12), (.42, .25, .13), (.16, .52, .16)
 
 def _eyes(x, y, dx, r, c=_BLACK): return [(_ellipse, (s * dx + x, y, r, r), c) for s in (-1, 1)]
-
-NOTHING = "nothing"  # the subject of an empty place, and what the judge sees where there is no scene
 
 _SHAPES = {
     NOTHING: [],
