@@ -75,6 +75,14 @@ def test_judge_sees_nothing_in_rubble_and_something_in_damaged_scenes():
     assert all(NOTHING in s for s in judge.names(flat)) and all(NOTHING in s for s in judge.names(torch.rand(50, 3, 64, 64, generator=g)))
 
 
+def test_the_first_two_questions_leave_the_rest_of_the_judge_as_it_is(tmp_path):
+    making = Pretraining(Recipe(images=80, gate_steps=2, precision="fp32"), tmp_path)
+    for _ in making.paint(): pass
+    before = {k: v.clone() for k, v in making.judge.state_dict().items()}
+    for stage in (making.train_gate, making.train_guest): assert len(list(stage())) == 2
+    assert {k.split(".")[0] for k, v in making.judge.state_dict().items() if not torch.equal(v, before[k])} == {"gate", "guest"}
+
+
 def test_model_paints_what_it_is_told():
     from unlearn_wb.diffusion import Denoiser
     rows = {q.strip(): r for q, n, r in examine_model(Denoiser.load("sandbox"), load_judge(), n=1, n_linked=12)}

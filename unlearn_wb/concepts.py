@@ -75,7 +75,7 @@ def _parts(name: str, v: Vocabulary) -> list[str]:
 def _unknown(name: str, v: Vocabulary, what: str = "concept", role: str = "") -> BadConcept:
     "What to say of a name that a closed world does not have."
     near, linked = nearest_name(name, v.names()), next((c for p, c in v.links.items() if p.lower() == name.lower()), "")
-    hint = f"it is a phrase linked to '{linked}': name that, and see whether the phrase goes too; " if linked else f"did you mean '{near}'? " if near else ""
+    hint = f"it is a phrase linked to '{linked}': name that; " if linked else f"did you mean '{near}'? " if near else ""
     return BadConcept(f"unknown {what} '{name}'{role}; {hint}this model's world has {', '.join(v.names() + ((v.plain,) if what == 'anchor' else ()))}")
 
 def nearest_name(wrong: str, right) -> str:

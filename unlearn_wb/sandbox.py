@@ -560,30 +560,30 @@ class Pretraining:
     def train_gate(self):
         "The judge's first question, on a body that stays as it is: scenes, damaged or mixed, against rubble."
         code, paint = self._unit_coder()
-        there = (torch.arange(96) < 64).float().to(self.device)
-        def loss(step):
-            i, g = self.draw(64, step, "gate")
-            with torch.no_grad(), self.autocast():
-                z = code(self.pixels(i[16:]))
-                x = torch.cat([damage(self.pixels(i[:16]), g), paint(torch.cat([mixed(z, g), rubble(z[:32], g)]))])
-            with torch.no_grad(): seen = self.judge.glance(x)
-            return F.binary_cross_entropy_with_logits(self.gate(seen).squeeze(1), there)
-        self.gate.requires_grad_(True)
-        yield from self.train("gate", loss, self.recipe.gate_steps, 2e-3, ema=.98)
+        def look(i, g):
+            z = code(self.pixels(i[16:]))
+            return torch.cat([damage(self.pixels(i[:16]), g), paint(torch.cat([mixed(z, g), rubble(z[:32], g)]))])
+        return self._train_question("gate", 64, look)
 
     def train_guest(self):
         "The judge's second question: scenes against the same places without their subject, both damaged or mixed. A subject overlooked costs four times as much as one imagined."
         code, paint = self._unit_coder()
-        there = (torch.arange(96) < 48).float().to(self.device)
-        def loss(step):
-            i, g = self.draw(48, step, "guest")
+        def look(i, g):
             bare = render([replace(self.scenes[k], subject=NOTHING) for k in i.tolist()]).to(self.device)
-            with torch.no_grad(), self.autocast():
-                x = torch.cat([torch.cat([damage(y[:12], g), paint(mixed(code(y[12:]), g))]) for y in (self.pixels(i), bare)])
-            with torch.no_grad(): seen = self.judge.glance(x)
-            return F.binary_cross_entropy_with_logits(self.guest(seen).squeeze(1), there, pos_weight=torch.tensor(4.).to(self.device))
-        self.guest.requires_grad_(True)
-        yield from self.train("guest", loss, self.recipe.gate_steps, 2e-3, ema=.98)
+            return torch.cat([torch.cat([damage(x[:12], g), paint(mixed(code(x[12:]), g))]) for x in (self.pixels(i), bare)])
+        return self._train_question("guest", 48, look, yes=4.)
+
+    def _train_question(self, name, n, look, yes: float = 1.):
+        "One of the judge's first two questions: of the images that `look` makes of `n` scenes the first `n` are to be answered with yes, which counts `yes` times."
+        question = getattr(self, name)
+        def loss(step):
+            i, g = self.draw(n, step, name)
+            with torch.no_grad():
+                with self.autocast(): x = look(i, g)
+                seen, there = self.judge.glance(x), (torch.arange(len(x)) < n).float().to(x.device)
+            return F.binary_cross_entropy_with_logits(question(seen).squeeze(1), there, pos_weight=torch.tensor(yes, device=x.device))
+        question.requires_grad_(True)
+        yield from self.train(name, loss, self.recipe.gate_steps, 2e-3, ema=.98)
 
     @torch.no_grad()
     def _unit_coder(self):

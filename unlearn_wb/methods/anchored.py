@@ -28,7 +28,7 @@ def check_numbers(config, at_least_one: tuple = ()):
 @dataclass(frozen=True)
 class MethodConfig:
     "What every anchored method can be told. Raises `ValueError` for a number that no run could have."
-    at_least_one = ("iterations", "batch_size", "anchor_steps", "num_images", "prompts")  # of everything else also none
+    at_least_one = ("iterations", "batch_size", "anchor_steps", "num_images", "prompts")  # 0 of these makes no run
     iterations: int = 2000  # steps in all
     warmup: int = 0  # of these, steps at the beginning that leave the denoiser alone
     batch_size: int = 8  # images a step, and as many of the retained set
