@@ -39,7 +39,8 @@ def read_parameters(names: dict,  # `globals()` of the notebook, in its first ce
         if isinstance(default, str) and isinstance(v, (int, float)) and not isinstance(v, bool): v = str(v)
         if type(v) is not type(default):
             raise BadParameter(f"parameter {k} = {v!r} is {type(v).__name__}; {type(default).__name__} is needed, such as {default!r}")
-        if type(default) in (int, float) and default >= 0 and not 0 <= v < math.inf: raise BadParameter(f"parameter {k} = {v}; a number of at least 0 is needed")  # a default of -1 stands for the method's own
+        most = 2 ** 32 if type(default) is int else math.inf
+        if type(default) in (int, float) and default >= 0 and not 0 <= v < most: raise BadParameter(f"parameter {k} = {v}; a number of at least 0{' and below 2^32' if v >= most else ''} is needed")  # a default of -1 stands for the method's own
         out[k] = v
     return out
 
