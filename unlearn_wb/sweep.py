@@ -19,14 +19,14 @@ __all__ = ['read_grid', 'find_notebook', 'check_grid', 'folder_name', 'run_cell'
 def read_grid(grid,  # a path of a .yaml, .yml or .csv file, YAML text, a mapping, or a list of mappings
               notebook: str = "train_baseline"  # of cells that name none
              ) -> list[dict]:
-    "The cells of a grid: mappings with `notebook` and parameters. Raises `BadParameter` naming what is wrong and what would be right."
+    "The cells of a grid, each once: mappings with `notebook` and parameters. An empty field of a CSV file leaves the notebook's default. Raises `BadParameter` naming what is wrong and what would be right."
     if isinstance(grid, (str, Path)):
         path = Path(str(grid)) if len(str(grid)) < 500 and "\n" not in str(grid) else None
         if path and path.suffix in (".yaml", ".yml", ".csv"):
             if not path.exists(): raise BadParameter(f"grid '{path}' does not exist; give a YAML or CSV file, or the YAML itself")
             if path.suffix == ".csv":
                 import pandas as pd
-                grid = [{k: v for k, v in row.items() if v == v} for row in pd.read_csv(path).to_dict("records")]
+                grid = [{k: v for k, v in row.items() if v is not None} for row in pd.read_csv(path).convert_dtypes().to_dict("records")]
             else: grid = path.read_text()
         if isinstance(grid, str):
             import yaml
@@ -38,7 +38,7 @@ def read_grid(grid,  # a path of a .yaml, .yml or .csv file, YAML text, a mappin
         if not isinstance(one, dict): raise BadParameter(f"'{one}' in the grid is no mapping of parameters to values")
         lists = {k: v if isinstance(v, list) else [v] for k, v in one.items()}
         cells += [dict(zip(lists, values)) for values in product(*lists.values())]
-    return [{"notebook": notebook} | c for c in cells]
+    return list({folder_name(c): c for c in ({"notebook": notebook} | c for c in cells)}.values())
 
 def find_notebook(name: str, nbs: str | Path = "") -> Path:
     "A notebook by its name under nbs/, or by its path."
@@ -118,8 +118,8 @@ def sweep(cells: list[dict],
     todo = [i for i in table.index if table.state[i] == "waiting"]
     if not todo: return table
     ray = connect(address)
-    have = ray.cluster_resources()
-    if cpus > have.get("CPU", 0) or gpus > have.get("GPU", 0): raise BadCluster(f"a cell asks for {cpus} cores and {gpus} GPUs, and the largest machine has {have.get('CPU', 0):.0f} and {have.get('GPU', 0):.0f}; ask for less")
+    machines = sorted({tuple(int(n["Resources"].get(k, 0)) for k in ("CPU", "GPU")) for n in ray.nodes() if n["Alive"]})
+    if not any(cpus <= c and gpus <= g for c, g in machines): raise BadCluster(f"a cell asks for {cpus} cores and {gpus} GPUs of one machine, and there are machines with {', '.join(f'{c} and {g}' for c, g in machines)}; ask for less")
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(run_cell)
     running = {work.remote(cells[i], table.folder[i], str(nbs), cpus): i for i in todo}
     table.loc[todo, "state"] = "running"
