@@ -73,7 +73,7 @@ def test_two_processes_are_one(method, options, tmp_path, monkeypatch):
 def test_what_several_processes_cannot_do_is_said_at_once(tmp_path):
     from unlearn_wb.workbench import COMMON, Experiment
     p = COMMON | dict(concept="Van Gogh", iterations=5, num_images=8, batch_size=4, eval_images=2)
-    with pytest.raises(ValueError, match="num_processes = 4096, and this machine has"): Experiment(p | dict(num_processes=4096, run_dir=str(tmp_path / "a")), "doco")
+    with pytest.raises(ValueError, match="num_processes = 4096; take at most"): Experiment(p | dict(num_processes=4096, run_dir=str(tmp_path / "a")), "doco")
     with pytest.raises(ValueError, match="RG cannot cut a batch"): Experiment(p | dict(num_processes=2, run_dir=str(tmp_path / "b")), "rg").train()
     with pytest.raises(ValueError, match="does not come in 2 equal pieces"): Experiment(p | dict(num_processes=2, batch_size=5, run_dir=str(tmp_path / "c")), "conabl").train()
 

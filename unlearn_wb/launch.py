@@ -14,13 +14,14 @@ __all__ = ['devices', 'check_processes', 'launch', 'Mute', 'read_spec', 'main']
 
 # %% ../nbs/lib/20_launch.ipynb #c004
 def devices(device: str) -> int:
-    "How many processes a machine has places for: its GPUs, or its cores."
-    return torch.cuda.device_count() if device.startswith("cuda") else os.cpu_count() or 1
+    "How many processes there are places for: the GPUs, or the cores that this process may use (a scheduler often allows fewer than the machine has)."
+    if device.startswith("cuda"): return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def check_processes(n: int, device: str):
     "Raises `BadParameter` when there are more processes than places."
     if n < 1: raise BadParameter(f"num_processes = {n}; at least 1 is needed")
-    if n > devices(device): raise BadParameter(f"num_processes = {n}, and this machine has {devices(device)} {'GPUs' if device.startswith('cuda') else 'cores'}; take at most that many")
+    if n > devices(device): raise BadParameter(f"num_processes = {n}; take at most {devices(device)}, one for each {'GPU' if device.startswith('cuda') else 'core'} here")
 
 def launch(what: dict,  # {"method", "p"} trains, with "examine" it paints the examination; {"evaluate": p} paints an evaluation
            folder: Path, n: int, callback=None):
@@ -29,7 +30,7 @@ def launch(what: dict,  # {"method", "p"} trains, with "examine" it paints the e
     name = "launch-paint" if "examine" in what or "evaluate" in what else "launch"
     spec, log = folder / f"{name}.json", folder / f"{name}.log"
     write_json(spec, what)
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n)), "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])}
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, devices("cpu") // n)), "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])}
     with open(log, "w") as out, leave_on_sigterm() as stop:
         process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "-m", "unlearn_wb.launch", str(spec)], env=env, stdout=out, stderr=subprocess.STDOUT)
         try:
