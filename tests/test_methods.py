@@ -218,11 +218,26 @@ def test_adversarys_turn_is_the_formula(loss):
     found = m.adversary.turn(b)
     assert found["similarity"] == pytest.approx(want.item(), rel=1e-4)
     grad, = torch.autograd.grad(want, e)
-    assert float((m.adversary.e.grad.double() - grad).abs().max()) < 1e-2 * float(grad.abs().max())
+    assert float((m.adversary.own[0].grad.double() - grad).abs().max()) < 1e-2 * float(grad.abs().max())
     step = m.adversary.e.detach() - before  # Adam's first step: lr against the gradient's sign
     clear = grad.abs() > 1e-3 * grad.abs().max()
     assert torch.equal(step[clear].sign(), -grad[clear].sign().float())
     assert all(p.requires_grad for p in m.params.values()) and torch.equal(b.other, m.adversary.anchor(b).detach())
+
+
+def test_each_concepts_adversary_stops_at_its_own_zero(monkeypatch):
+    one, two = build("advanchor", anchor_steps=3), build("advanchor", concept="Snoopy")
+    m = advanchor.AdvAnchor(one.model, one.erasures + two.erasures, one.config)
+    a, (b, _) = m.adversary, m.batch(1)
+    whose = a.owner[b.which]
+    assert set(whose.tolist()) == {0, 1}
+    grown = lambda b: 1e-3 * (a.anchor(b) - b.c).flatten(1).sum(1)
+    monkeypatch.setattr(a, "similarity", lambda b, concept=None: torch.where(whose == 0, -.5, .9) + grown(b))
+    before = [o.clone() for o in a.own]
+    found = a.turn(b)
+    assert torch.equal(a.own[0], before[0]) and not torch.equal(a.own[1], before[1])
+    assert found["anchor_steps"] == 3 and found["similarity"] == pytest.approx(.2, abs=.01)
+    assert torch.equal(a.e, torch.cat(a.own))
 
 
 def test_adversary_stands_on_the_concepts_own_tokens_anywhere_and_twice():

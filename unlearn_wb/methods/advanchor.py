@@ -20,7 +20,7 @@ SCHEDULES = {"alternating": "perturbation and weights in turn", "sequential": "t
 POSITIONS = {"concept": "the concept's own tokens (paper)", "tail": "and, with one more vector, everything behind them: a causal encoder carries the concept on", "words": "as many positions as the concept has words (released code)"}
 
 class Adversary:
-    "The universal perturbation of one or several concepts, and its optimiser. Any anchored method can take it: `anchors='adversarial'`."
+    "The universal perturbation of each concept, and its optimiser. Any anchored method can take it: `anchors='adversarial'`."
     def __init__(self, method: Anchored):
         c = self.config = method.config
         self.positions, self.product, self.keep_grad = (getattr(c, k, d) for k, d in (("positions", "concept"), ("product", False), ("keep_grad", False)))
@@ -28,7 +28,8 @@ class Adversary:
         self.method, model = method, method.model
         L = method.target_states.shape[1]
         self.slots = []  # per prompt: which row of the perturbation each position takes, -1 for none
-        rows = 0
+        rows, widths = 0, []
+        self.owner = torch.tensor([k for k, bank in enumerate(method.banks) for _ in bank.target], device=model.device)  # which concept a prompt is of
         for bank, e in zip(method.banks, method.erasures):
             spans = [token_spans(model, p, e.target) for p in bank.target]
             width = len(e.target.split()) if self.positions == "words" else len(spans[0][0])
@@ -38,11 +39,13 @@ class Adversary:
                 for span in prompt_spans:
                     for k, i in enumerate(range(span[0], min(span[0] + width, L))): slot[i] = rows + k
                 self.slots.append(slot)
-            rows += width + (self.positions == "tail")
+            widths.append(width + (self.positions == "tail"))
+            rows += widths[-1]
         self.slots = torch.stack(self.slots).to(model.device)
         start = 1e-3 * torch.randn(rows, method.target_states.shape[-1], generator=seeded(c.seed, "adversary"))
         self.e = start.to(model.device).requires_grad_(True)  # (rows, D)
-        self.optimizer = torch.optim.Adam([self.e], lr=c.anchor_lr)
+        self.own = self.e.detach().split(widths)  # each concept's rows, in the same memory: one stops before another
+        self.optimizer = torch.optim.Adam(self.own, lr=c.anchor_lr)
         self.piled = torch.zeros_like(self.e)  # gradients since the beginning: what the released code steps along
         self.path, self.start = [], None  # the perturbation after each turn; the state before the last one
 
@@ -57,33 +60,35 @@ class Adversary:
         with m.moved.original():
             return m.model.eps(b.x_t, b.t, b.c), m.model.eps(b.x_t, b.t, m.nothing(b)) if self.config.anchor_loss == "adv2" else 0.
 
-    def similarity(self, b, concept: tuple | None = None) -> torch.Tensor:
-        "adv1 or adv2 on the frozen original: mean cosine over the batch (or the released code's mean product)."
+    def similarity(self, b, concept: tuple | None = None) -> torch.Tensor:  # (B,)
+        "adv1 or adv2 on the frozen original: each image's cosine (or the released code's mean product)."
         m, (own, plain) = self.method, concept or self.concept(b)
         with m.moved.original(grad=True): near = m.model.eps(b.x_t, b.t, self.anchor(b))  # in full precision: differences of predictions drown in the rounding of bf16
         near, own = (near - plain).flatten(1), (own - plain).flatten(1)
-        return (near * own).mean() if self.product else F.cosine_similarity(near, own).mean()
+        return (near * own).mean(1) if self.product else F.cosine_similarity(near, own)
 
     def turn(self, parts, most: int | None = None) -> dict:
-        "Perturb until the similarity is zero or S steps are done; leave the anchor in the batch, or in each of its pieces."
+        "Perturb each concept until the mean similarity of its images is zero or S steps are done; leave the anchor in the batch, or in each of its pieces."
         parts, self.start = parts if isinstance(parts, list) else [parts], ({k: v.clone() for k, v in self.state().items()}, len(self.path))
         steps, s, together = self.config.anchor_steps if most is None else most, None, self.method.together
-        share, concepts = 1 / (len(parts) * together.size), [self.concept(b) for b in parts] if steps else []
+        whose = [F.one_hot(self.owner[b.which], len(self.own)).to(self.e).T for b in parts]  # (concepts,B)
+        images = sum(w.sum(1) for w in whose)
+        together.sum_(images)
+        concepts = [self.concept(b) for b in parts] if steps else []
         for k in range(steps):
-            s, mine = 0., torch.zeros_like(self.e)
-            for b, concept in zip(parts, concepts):
-                one = share * self.similarity(b, concept)
-                s += one.item()
-                mine += torch.autograd.grad(one, self.e)[0]
-            s = together.sum(s)
-            if s <= 0: break
-            together.sum_(mine)
+            s, mine = torch.zeros_like(images), torch.zeros_like(self.e)  # of each concept
+            for b, w, concept in zip(parts, whose, concepts):
+                each = w @ self.similarity(b, concept) / images.clamp(min=1)
+                s += each.detach()
+                mine += torch.autograd.grad(each.sum(), self.e)[0]
+            together.sum_(s, mine)
+            if not (s > 0).any(): break
             if self.keep_grad: mine = self.piled = self.piled + mine
-            self.e.grad = mine
+            for own, grad, go_on in zip(self.own, mine.split([len(o) for o in self.own]), s > 0): own.grad = grad if go_on else None
             self.optimizer.step()
         for b in parts: b.other = self.anchor(b).detach()
         self.path.append(self.e.detach().clone())
-        return {"similarity": s if s is not None else float("nan"), "anchor_steps": k + 1 if steps else 0, "anchor_norm": float(self.e.detach().norm(dim=1).mean())}
+        return {"similarity": float(s[images > 0].mean()) if s is not None else float("nan"), "anchor_steps": k + 1 if steps else 0, "anchor_norm": float(self.e.detach().norm(dim=1).mean())}
 
     def undo(self):
         "Be as before the last turn."
@@ -94,13 +99,13 @@ class Adversary:
         self.load_state(saved)
 
     def state(self) -> dict:
-        found = self.optimizer.state.get(self.e, {})
-        return {"adversary.e": self.e.detach(), "adversary.piled": self.piled} | {f"adversary.{n}": v for n, v in found.items()}
+        return {"adversary.e": self.e.detach(), "adversary.piled": self.piled} | {f"adversary.{k}.{n}": v for k, own in enumerate(self.own) for n, v in self.optimizer.state.get(own, {}).items()}
     def load_state(self, saved: dict):
         with torch.no_grad(): self.e.copy_(saved["adversary.e"])
         self.piled = saved["adversary.piled"].clone()
-        found = {n: saved[f"adversary.{n}"].clone() for n in ("step", "exp_avg", "exp_avg_sq") if f"adversary.{n}" in saved}
-        if found: self.optimizer.state[self.e] = found
+        for k, own in enumerate(self.own):
+            found = {n: saved[f"adversary.{k}.{n}"].clone() for n in ("step", "exp_avg", "exp_avg_sq") if f"adversary.{k}.{n}" in saved}
+            if found: self.optimizer.state[own] = found
 
 @dataclass(frozen=True)
 class AdvAnchorConfig(MethodConfig):
