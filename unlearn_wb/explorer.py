@@ -37,7 +37,7 @@ def control(name: str, value, choices: dict | None = None, tip: str = ""):
     common = dict(description=name, tooltip=tip, style=dict(description_width="8em"), layout=dict(width="24em"))
     if choices: return w.Dropdown(options=list(dict.fromkeys([value, *choices])), value=value, **common)
     if isinstance(value, bool): return w.Checkbox(value=value, indent=True, **common)
-    if isinstance(value, int): return w.BoundedIntText(value=value, min=0, max=10**7, **common)
+    if isinstance(value, int): return w.BoundedIntText(value=value, min=0, max=2 ** 32 - 1, **common)
     if isinstance(value, float) and name.endswith("lr") and value > 0: return w.FloatLogSlider(value=value, min=math.log10(value) - 2, max=math.log10(value) + 2, step=.05, readout_format=".1e", **common)
     if isinstance(value, float): return w.BoundedFloatText(value=value, min=0, max=1e6, step=10 ** math.floor(math.log10(value)) / 2 if value > 0 else .1, **common)
     return w.Text(value=value, **common)
