@@ -218,7 +218,7 @@ def test_adversarys_turn_is_the_formula(loss):
     found = m.adversary.turn(b)
     assert found["similarity"] == pytest.approx(want.item(), rel=1e-4)
     grad, = torch.autograd.grad(want, e)
-    assert float((m.adversary.own[0].grad.double() - grad).abs().max()) < 1e-2 * float(grad.abs().max())
+    assert float((m.adversary.rows[0].grad.double() - grad).abs().max()) < 1e-2 * float(grad.abs().max())
     step = m.adversary.e.detach() - before  # Adam's first step: lr against the gradient's sign
     clear = grad.abs() > 1e-3 * grad.abs().max()
     assert torch.equal(step[clear].sign(), -grad[clear].sign().float())
@@ -233,11 +233,11 @@ def test_each_concepts_adversary_stops_at_its_own_zero(monkeypatch):
     assert set(whose.tolist()) == {0, 1}
     grown = lambda b: 1e-3 * (a.anchor(b) - b.c).flatten(1).sum(1)
     monkeypatch.setattr(a, "similarity", lambda b, concept=None: torch.where(whose == 0, -.5, .9) + grown(b))
-    before = [o.clone() for o in a.own]
+    before = [r.clone() for r in a.rows]
     found = a.turn(b)
-    assert torch.equal(a.own[0], before[0]) and not torch.equal(a.own[1], before[1])
+    assert torch.equal(a.rows[0], before[0]) and not torch.equal(a.rows[1], before[1])
     assert found["anchor_steps"] == 3 and found["similarity"] == pytest.approx(.2, abs=.01)
-    assert torch.equal(a.e, torch.cat(a.own))
+    assert torch.equal(a.e, torch.cat(a.rows))
 
 
 def test_adversary_stands_on_the_concepts_own_tokens_anywhere_and_twice():

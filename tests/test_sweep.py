@@ -58,8 +58,11 @@ def test_failures_kills_and_starting_again(tmp_path):
     assert {f: Path(f, "report.json").stat().st_mtime for f in before} == before, "what is done is not done again"
 
 
-def test_what_no_machine_has_is_refused(tmp_path):
-    from unlearn_wb.sweep import BadCluster
+def test_what_no_machine_has_is_refused(tmp_path, monkeypatch):
+    from unlearn_wb.sweep import BadCluster, connect
     cells = read_grid(dict(notebook="train_baseline", method="uce", eval_images=2))
     with pytest.raises(BadCluster, match="asks for 1 cores and 64"): sweep(cells, tmp_path, gpus=64)
     with pytest.raises(BadCluster, match="asks for 4096 cores"): sweep(cells, tmp_path, cpus=4096)
+    small = dict(Alive=True, Resources={"CPU": 1.})
+    monkeypatch.setattr(connect(), "nodes", lambda: [small, small, dict(Alive=False, Resources={"CPU": 64.})])
+    with pytest.raises(BadCluster, match="asks for 2 cores and 0 GPUs of one machine, and there are machines with 1 and 0;"): sweep(cells, tmp_path, cpus=2)

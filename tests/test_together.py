@@ -1,4 +1,6 @@
 """Batches in pieces and runs on several processes: the same result as one process with the whole batch."""
+import os
+
 import pytest
 import torch
 from conftest import tiny_pipeline
@@ -68,6 +70,17 @@ def test_two_processes_are_one(method, options, tmp_path, monkeypatch):
     two.examine()
     assert not seen, "the other processes painted the examination"
     assert two.finish()["verdict"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not say which cores a process may use")
+def test_the_cores_one_may_use_are_counted():
+    from unlearn_wb.launch import check_processes, devices
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert devices("cpu") == 1
+        with pytest.raises(ValueError, match="num_processes = 2; take at most 1, one for each core here"): check_processes(2, "cpu")
+    finally: os.sched_setaffinity(0, mine)
 
 
 def test_what_several_processes_cannot_do_is_said_at_once(tmp_path):

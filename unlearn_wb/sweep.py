@@ -119,7 +119,7 @@ def sweep(cells: list[dict],
     if not todo: return table
     ray = connect(address)
     machines = sorted({tuple(int(n["Resources"].get(k, 0)) for k in ("CPU", "GPU")) for n in ray.nodes() if n["Alive"]})
-    if not any(cpus <= c and gpus <= g for c, g in machines): raise BadCluster(f"a cell asks for {cpus} cores and {gpus} GPUs of one machine, and there are machines with {', '.join(f'{c} and {g}' for c, g in machines)}; ask for less")
+    if not any(cpus <= c and gpus <= g for c, g in machines): raise BadCluster(f"a cell asks for {cpus} cores and {gpus:g} GPUs of one machine, and there are machines with {', '.join(f'{c} and {g}' for c, g in machines)}; ask for less")
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(run_cell)
     running = {work.remote(cells[i], table.folder[i], str(nbs), cpus): i for i in todo}
     table.loc[todo, "state"] = "running"

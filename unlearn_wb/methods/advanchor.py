@@ -44,8 +44,8 @@ class Adversary:
         self.slots = torch.stack(self.slots).to(model.device)
         start = 1e-3 * torch.randn(rows, method.target_states.shape[-1], generator=seeded(c.seed, "adversary"))
         self.e = start.to(model.device).requires_grad_(True)  # (rows, D)
-        self.own = self.e.detach().split(widths)  # each concept's rows, in the same memory: one stops before another
-        self.optimizer = torch.optim.Adam(self.own, lr=c.anchor_lr)
+        self.rows = self.e.detach().split(widths)  # each concept's rows, in the same memory: one stops before another
+        self.optimizer = torch.optim.Adam(self.rows, lr=c.anchor_lr)
         self.piled = torch.zeros_like(self.e)  # gradients since the beginning: what the released code steps along
         self.path, self.start = [], None  # the perturbation after each turn; the state before the last one
 
@@ -71,7 +71,7 @@ class Adversary:
         "Perturb each concept until the mean similarity of its images is zero or S steps are done; leave the anchor in the batch, or in each of its pieces."
         parts, self.start = parts if isinstance(parts, list) else [parts], ({k: v.clone() for k, v in self.state().items()}, len(self.path))
         steps, s, together = self.config.anchor_steps if most is None else most, None, self.method.together
-        whose = [F.one_hot(self.owner[b.which], len(self.own)).to(self.e).T for b in parts]  # (concepts,B)
+        whose = [F.one_hot(self.owner[b.which], len(self.rows)).to(self.e).T for b in parts]  # (concepts,B)
         images = sum(w.sum(1) for w in whose)
         together.sum_(images)
         concepts = [self.concept(b) for b in parts] if steps else []
@@ -84,7 +84,7 @@ class Adversary:
             together.sum_(s, mine)
             if not (s > 0).any(): break
             if self.keep_grad: mine = self.piled = self.piled + mine
-            for own, grad, go_on in zip(self.own, mine.split([len(o) for o in self.own]), s > 0): own.grad = grad if go_on else None
+            for rows, grad, go_on in zip(self.rows, mine.split([len(r) for r in self.rows]), s > 0): rows.grad = grad if go_on else None
             self.optimizer.step()
         for b in parts: b.other = self.anchor(b).detach()
         self.path.append(self.e.detach().clone())
@@ -99,13 +99,13 @@ class Adversary:
         self.load_state(saved)
 
     def state(self) -> dict:
-        return {"adversary.e": self.e.detach(), "adversary.piled": self.piled} | {f"adversary.{k}.{n}": v for k, own in enumerate(self.own) for n, v in self.optimizer.state.get(own, {}).items()}
+        return {"adversary.e": self.e.detach(), "adversary.piled": self.piled} | {f"adversary.{k}.{n}": v for k, rows in enumerate(self.rows) for n, v in self.optimizer.state.get(rows, {}).items()}
     def load_state(self, saved: dict):
         with torch.no_grad(): self.e.copy_(saved["adversary.e"])
         self.piled = saved["adversary.piled"].clone()
-        for k, own in enumerate(self.own):
+        for k, rows in enumerate(self.rows):
             found = {n: saved[f"adversary.{k}.{n}"].clone() for n in ("step", "exp_avg", "exp_avg_sq") if f"adversary.{k}.{n}" in saved}
-            if found: self.optimizer.state[own] = found
+            if found: self.optimizer.state[rows] = found
 
 @dataclass(frozen=True)
 class AdvAnchorConfig(MethodConfig):
