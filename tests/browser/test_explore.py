@@ -98,10 +98,11 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     page.locator("select[multiple]").select_option(index=0)
     page.click("button:has-text('Open report')")
     page.frame_locator("iframe[title=report]").locator("h1").wait_for(timeout=20_000)
-    drawn = page.evaluate("""async () => { const i = [...document.querySelectorAll('img.widget-image')].filter(i => i.offsetWidth).at(-1); await i.decode()
+    blue = """async () => { const i = [...document.querySelectorAll('img.widget-image')].filter(i => i.offsetWidth && i.complete && i.naturalWidth).at(-1)
+        if (!i) return 0
         const c = new OffscreenCanvas(i.naturalWidth, i.naturalHeight).getContext('2d'); c.drawImage(i, 0, 0)
-        return [...c.getImageData(i.naturalWidth / 2, 0, i.naturalWidth / 2, i.naturalHeight).data].filter((v, k, all) => k % 4 == 2 && v - all[k - 2] > 100).length }""")
-    assert drawn > 200, "the trace's blue is in the right half, where axes and text are black"
+        return [...c.getImageData(i.naturalWidth / 2, 0, i.naturalWidth / 2, i.naturalHeight).data].filter((v, k, all) => k % 4 == 2 && v - all[k - 2] > 100).length }"""
+    until(lambda: page.evaluate(blue) > 200, 60, "the trace's blue in the right half, where axes and text are black,")
     shot(page, "6-examined-and-compared")
     page.close()
 
