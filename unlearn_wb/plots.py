@@ -30,8 +30,11 @@ def show_images(images,  # (N,3,H,W) in [0,1]
     n = len(images)
     height = len(rows) if rows else max(1, math.ceil(n / len(cols))) if cols else math.ceil(n / 12)
     width = math.ceil(n / height)
-    short = lambda s: "\n".join(_wrap(str(s), 16))
-    fig, axes = plt.subplots(height, width, figsize=(size * width + (1.1 if rows else 0), size * height + .35 * bool(title) + .3 * bool(cols)), squeeze=False, layout="constrained")
+    short = lambda s: _wrap(str(s), 16, most=6)
+    cols, wide = [short(c) for c in cols or []], size * width + (1.1 if rows else 0)
+    title = _wrap(title, max(20, int(wide * 13)), most=4)
+    lines = lambda s: s.count("\n") + bool(s)
+    fig, axes = plt.subplots(height, width, figsize=(wide, size * height + .1 + .17 * lines(title) + .12 * max(map(lines, cols), default=0)), squeeze=False, layout="constrained")
     fig.get_layout_engine().set(w_pad=.01, h_pad=.01, hspace=0, wspace=0)
     for k, ax in enumerate(axes.flat):
         ax.set_xticks([]), ax.set_yticks([])
@@ -40,14 +43,16 @@ def show_images(images,  # (N,3,H,W) in [0,1]
         ax.imshow(images[k].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
         if marks is not None and marks[k]:
             for s in ax.spines.values(): s.set(visible=True, color=COLOURS["u"], linewidth=2.5)
-        if cols and k < width: ax.set_title(short(cols[k]), fontsize=7)
+        if cols and k < width: ax.set_title(cols[k], fontsize=7)
         if rows and k % width == 0: ax.set_ylabel(short(rows[k // width]), fontsize=8, rotation=0, ha="right", va="center")
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
-def _wrap(text, width):
+def _wrap(text, width, most):
+    "The text in lines of a width; what is longer than the most lines ends in an ellipsis."
     import textwrap
-    return [line for part in text.split("\n") for line in textwrap.wrap(part, width) or [""]]
+    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, width) or [""]]
+    return "\n".join(lines[:most]) + ("…" if len(lines) > most else "")
 
 # %% ../nbs/lib/11_plots.ipynb #c007
 def plot_similarity(e, ax=None, top: int = 9):
@@ -219,7 +224,7 @@ def plot_patches(images, logits, names=None, size: float = 1.5):
         picture = images[k].permute(1, 2, 0).clamp(0, 1).numpy()
         for ax in axes[:, k]: ax.imshow(picture, extent=(0, 1, 1, 0)), ax.set_xticks([]), ax.set_yticks([])
         seen = axes[1, k].imshow(logits[k, 0].numpy(), cmap="PuOr", vmin=-top, vmax=top, alpha=.65, extent=(0, 1, 1, 0), interpolation="nearest")
-        if names: axes[0, k].set_title("\n".join(_wrap(names[k], 18)), fontsize=8)
+        if names: axes[0, k].set_title(_wrap(names[k], 18, most=4), fontsize=8)
     fig.colorbar(seen, ax=axes, label="D's logit (up: looks like the anchor)", shrink=.8)
     return fig
 
