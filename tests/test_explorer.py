@@ -88,6 +88,21 @@ def test_errors_are_said_in_the_sentence_that_they_have_everywhere(live):
     assert "lower lr" in x.state.value, x.state.value
 
 
+def test_what_is_given_stands_in_the_panel_and_is_what_runs(live):
+    x = live(anchor="monet", preset="paper", iterations=60, seed=3, options="lr=5, combiner=sum")
+    shown = {k: c.value for k, c in x.panel.controls.items()}
+    assert x.said.value == "" and x.words.value == "monet" and x.preset.value == "paper"
+    assert (shown["iterations"], shown["combiner"], shown["seed"]) == (60, "sum", 3) and abs(shown["lr"] - 5) < 1e-9, "no slider's range cuts it"
+    asked = x._asked()
+    assert (asked["anchor"], asked["preset"], asked["iterations"], asked["seed"]) == ("monet", "paper", 0, 3) and {"iterations=60", "combiner=sum"} <= set(asked["options"].split(", "))
+    x.method.value = "esd"
+    assert x._asked()["options"] == "" and x._asked()["iterations"] == 0, "another method's panel has its own defaults, and they are what runs"
+    x.concept.value = "Snoopy"
+    assert x._asked()["anchor"] == "", "the anchor was Van Gogh's"
+    for options, part in (("combiner=surgry", "did you mean &#x27;surgery&#x27;"), ("lr=0", "lr = 0.0; a number above 0 is needed")):
+        assert part in live(options=options).said.value
+
+
 def test_look_and_compare_show_a_run(live, tmp_path):
     x = live(method="advanchor", options="iterations=4, num_images=8, batch_size=4, anchor_steps=2")
     async def run():

@@ -16,12 +16,13 @@ from .plots import plot_embedding, plot_patches, plot_similarity, plot_traces, s
 from .reference import reference_for
 from .registry import METHODS
 from .runs import BadRun, Run
+from .scopes import choose
 from .widgets import Watch, aloud, png, sentence, someone_watches
 from .workbench import COMMON, Experiment, read_options
 
 # %% auto #0
-__all__ = ['FIRST', 'field_help', 'control', 'Panel', 'anchor_strip', 'side_by_side', 'denoising_path', 'seen_by_discriminator',
-           'way_of_anchor', 'Explorer']
+__all__ = ['FIRST', 'ALWAYS', 'field_help', 'control', 'Panel', 'anchor_strip', 'side_by_side', 'denoising_path',
+           'seen_by_discriminator', 'way_of_anchor', 'Explorer']
 
 # %% ../nbs/lib/16_explorer.ipynb #c005
 def field_help(config) -> dict[str, str]:
@@ -48,11 +49,23 @@ class Panel:
     "Controls for a configuration."
     def __init__(self, config, choices: dict):
         import ipywidgets as w
-        self.config, tips = config, field_help(config)
+        self.config, self.choices, tips = config, choices, field_help(config)
         self.controls = {f.name: control(f.name, getattr(config, f.name), choices.get(f.name), tips[f.name]) for f in fields(config)}
         row = lambda name: w.HBox([self.controls[name], w.HTML(f"<span style='opacity:.75'>{html.escape(tips[name])}</span>")])
         more = w.Accordion([w.VBox([row(n) for n in self.controls if n not in FIRST])], titles=("All other parameters",))
         self.widget = w.VBox([*(row(n) for n in FIRST if n in self.controls), more])
+
+    def ask(self, values: dict):
+        "Put values into the controls, whose ranges grow as far as needed. Raises `ValueError`."
+        import ipywidgets as w
+        for k, v in values.items():
+            c = self.controls[k]
+            if k in self.choices: choose(k, v, self.choices[k])
+            elif isinstance(c, w.FloatLogSlider) and v <= 0: raise ValueError(f"{k} = {v}; a number above 0 is needed")
+            elif hasattr(c, "max"):
+                edge = math.log10(v) if isinstance(c, w.FloatLogSlider) else v
+                c.min, c.max = min(c.min, edge), max(c.max, edge)
+            c.value = v
 
     def changed(self) -> str:
         "What differs from the defaults, as the `options` of a run."
@@ -109,11 +122,12 @@ def way_of_anchor(method):
     return plot_embedding(points, torch.stack([points[e.target], *[points[e.target] + p[row].cpu() for p in a.path]]), e.target)
 
 # %% ../nbs/lib/16_explorer.ipynb #c013
+ALWAYS = ("precision", "seed")  # settings that hold for every method
+
 class Explorer:
     "The workbench of one person: `choose()`, `watch()`, `look()`, `compare()`, each in a cell of its own."
     def __init__(self, concept: str = "Van Gogh", method: str = "doco", base_model: str = "sandbox", runs: str = "runs",  # where run folders go
                  **settings):  # further values of `workbench.COMMON`, such as options="iterations=60", eval_images=20
-        from unlearn_wb.scopes import choose
         choose("method", method, METHODS)
         for k in settings: choose("parameter", k, COMMON)
         self.live, self.runs, self.settings = someone_watches(), Path(runs), settings
@@ -137,7 +151,7 @@ class Explorer:
         self.anchor = w.Dropdown(description="anchor", tooltip="what to say instead, with its similarity to the concept", **wide)
         self.words = w.Text(description="or in words", placeholder="a small white dog", tooltip="a description to say instead", continuous_update=False, **wide)
         self.method = w.Dropdown(options=[(m.title, k) for k, m in METHODS.items()], value=self.p["method"], description="method", **wide)
-        self.preset = w.Text(value="default", description="preset", tooltip="default, paper, or what else the method has", continuous_update=False, **wide)
+        self.preset = w.Text(value=self.settings.get("preset", "default"), description="preset", tooltip="default, paper, or what else the method has", continuous_update=False, **wide)
         self.about, self.strip, self.said, self.place = w.HTML(), w.Image(format="png", layout=dict(max_width="100%")), w.HTML(), w.VBox()
         for c in (self.base, self.concept): c.observe(lambda _: self._guarded(self._concept), "value")
         for c in (self.method, self.preset): c.observe(lambda _: self._guarded(self._method), "value")
@@ -157,6 +171,7 @@ class Explorer:
         names = list(dict.fromkeys([e.anchor, *[n for n in e.similar if n != e.target]]))
         self.anchor.options = [(f"{n}  ({e.similar[n]:+.2f})" if n in e.similar else n, n) for n in names]
         self.anchor.value = e.anchor
+        self.words.value = self.settings.get("anchor", "") if self.concept.value == self.p["concept"] else ""  # an anchor is one concept's
         self.said.value = "<span role='status'>painting what the suggested anchors look like, about three seconds</span>"
         self.strip.value = png(anchor_strip(self.model, e))
         self._method()
@@ -165,12 +180,12 @@ class Explorer:
         m = METHODS[self.method.value]
         self.about.value = f"<p><b>{html.escape(m.title)}</b>: {html.escape(m.idea)} ({html.escape(m.paper)})</p>"
         config = m.defaults(self.model, self.erasures[0], self.preset.value)
-        known = {"precision": default_precision(str(self.model.device)), "seed": self.settings.get("seed", 0)}  # what an experiment takes by itself
+        given = {k: v for k, v in self.settings.items() if hasattr(config, k) and v != COMMON[k]}
+        known = {"precision": default_precision(str(self.model.device))} | {k: v for k, v in given.items() if k in ALWAYS}
         config = replace(config, **{k: v for k, v in known.items() if hasattr(config, k)})
         self.panel = Panel(config, m.make.choices)
-        if self.method.value == self.p["method"]:  # what the notebook's parameters ask for
-            for k, v in read_options(self.settings.get("options", ""), config).items(): self.panel.controls[k].value = v
         self.place.children = [self.panel.widget]
+        if self.method.value == self.p["method"]: self.panel.ask(given | read_options(self.settings.get("options", ""), config))  # what the notebook's parameters ask for
 
     def _parameters(self):
         import pandas as pd
@@ -181,6 +196,7 @@ class Explorer:
         "The run that is asked for, as the parameters of an `Experiment`."
         p = COMMON | dict(base_model=self.p["base_model"], concept=self.p["concept"]) | self.settings
         if hasattr(self, "panel"):
+            p |= {f.name: COMMON[f.name] for f in fields(self.panel.config) if f.name in COMMON and f.name not in ALWAYS}  # the panel says them
             p |= dict(concept=self.concept.value, anchor=self.words.value.strip() or ("" if self.anchor.value == self.erasures[0].anchor else self.anchor.value), preset=self.preset.value, options=self.panel.changed())
         return p
 
