@@ -264,22 +264,22 @@ def run(tmp_path_factory):
 
 
 def test_evaluates_runs_directories_and_changed_weights_alike(run, tmp_path):
-    shutil.copytree(run, tmp_path / "twin")
-    spec = f"{tmp_path / 'twin'}, {run / 'model'}, {run / 'model/changed.safetensors'}"
+    shutil.copytree(run, tmp_path / "original")
+    spec = f"{tmp_path / 'original'}, {run / 'model'}, {run / 'model/changed.safetensors'}"
     a = Assessment({**EVALUATE, "run": spec, "out_dir": str(tmp_path / "out"), "exact": False, "recall": 2})
     t = a.measure()
-    by = [t[t.model == m].drop(columns="model").reset_index(drop=True) for m in ("twin", "model", "changed")]
+    by = [t[t.model == m].drop(columns="model").reset_index(drop=True) for m in ("run original", "model", "changed")]
     pd.testing.assert_frame_equal(by[0], by[1])
     pd.testing.assert_frame_equal(by[0], by[2])
     wide = a.paper_table()
-    assert list(wide.index) == ["original", "twin", "model", "changed"] and ("target", "van gogh", "ACC ↓") in wide.columns and ("retained", "monet", "ACC ↑") in wide.columns
+    assert list(wide.index) == ["original", "run original", "model", "changed"] and ("target", "van gogh", "ACC ↓") in wide.columns and ("retained", "monet", "ACC ↑") in wide.columns
     assert (tmp_path / "out/table.tex").read_text().count(r"\\") == 6 and "**" in (tmp_path / "out/table.md").read_text()
     a.show_grids(4)
     assert len(a.show_recall().data) == 4 and (tmp_path / "out/images/recall.png").exists()
     back = pd.read_csv(tmp_path / "out/recall.csv")
     assert len(back) == 4 * 2 * sum(q.group == "target" for q in a.evaluation.asked) and set(back.word) == {"by name", "by a learnt word"}
     hits = back.groupby(["word", "model"]).hit.agg(list)
-    assert hits["by name"]["twin"] == hits["by name"]["changed"] and hits["by a learnt word"]["twin"] == hits["by a learnt word"]["changed"]
+    assert hits["by name"]["run original"] == hits["by name"]["changed"] and hits["by a learnt word"]["run original"] == hits["by a learnt word"]["changed"]
     score = back[back.model == "original"].groupby("word")["clip score"].mean()
     assert abs(score["by name"] - score["by a learnt word"]) > .5, "another word, another image"
     assert "asked by a word learnt in 2 steps" in a.finish()

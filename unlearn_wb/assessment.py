@@ -95,8 +95,9 @@ class Assessment:
         cache = Cache(self.out / "cache")
         galleries, names = {"original": Gallery(base, cache, **settings)}, {}
         for c in self.candidates:
-            names[c.name] = names.get(c.name, 0) + 1
-            galleries[c.name if names[c.name] == 1 else f"{c.name} ({names[c.name]})"] = Gallery(c.model, cache, **settings)
+            name = f"run {c.name}" if c.name.startswith(("original", "reference")) else c.name  # those names are taken
+            names[name] = names.get(name, 0) + 1
+            galleries[name if names[name] == 1 else f"{name} ({names[name]})"] = Gallery(c.model, cache, **settings)
         where = reference_for(base, [e.target for e in self.erasures]) if p["exact"] and self.erasures else None
         if where: galleries["reference (never saw it)"] = Gallery(Denoiser.load(base.name, unet=where, device=device), cache, **settings)
         scorers, self.unavailable = scorers_for(base, **{k: p[k] for k in ("clip", "classifier", "features", "distance", "nudity", "faces")})

@@ -20,6 +20,14 @@ __all__ = ['GROUPS', 'ARROW', 'FORGOTTEN', 'KEPT', 'BROKEN', 'BadPrompts', 'read
 # %% ../nbs/lib/09_evaluation.ipynb #c005
 class BadPrompts(ValueError): "A prompt file that cannot be used, and why."
 
+def _seed(text: str) -> int | None:
+    "A whole number that a generator takes, or None."
+    try: v = int(text)
+    except ValueError:
+        try: v = int(float(text))
+        except (ValueError, OverflowError): return None
+    return v if 0 <= v < 2 ** 64 else None
+
 def read_prompts(path: str | Path, report=print) -> list[Probe]:
     "Prompts and seeds of a CSV. Column `prompt` is needed; `evaluation_seed` (or `seed`) and `concept` are honoured. Empty prompts are skipped and counted."
     import csv
@@ -34,13 +42,13 @@ def read_prompts(path: str | Path, report=print) -> list[Probe]:
             for k, row in enumerate(rows):
                 text, given = (row[names["prompt"]] or "").strip(), (row.get(seed) or "").strip() if seed else ""
                 if not text: empty.append(rows.line_num); continue
-                try: number = int(float(given)) if given else k
-                except ValueError: number = k; odd.append(rows.line_num)
+                number = _seed(given) if given else k
+                if number is None: number = k; odd.append(rows.line_num)
                 out.append(Probe("given", (row.get(names.get("concept", "")) or "").strip(), text, number))
     except UnicodeDecodeError as e: raise BadPrompts(f"prompt file '{path}' is not UTF-8 (byte 0x{e.object[e.start]:02x} at position {e.start}); save it as UTF-8") from e
     except csv.Error as e: raise BadPrompts(f"prompt file '{path}' is not a readable CSV: {e}") from e
     if not out: raise BadPrompts(f"prompt file '{path}' holds no prompt")
-    for what, lines in (("rows have an empty prompt and are skipped", empty), ("rows have a seed that is not a number and take their row's number instead", odd)):
+    for what, lines in (("rows have an empty prompt and are skipped", empty), ("rows have a seed that is no number from 0 to 2^64 and take their row's number instead", odd)):
         if lines: report(f"{len(lines)} of {len(out) + len(empty)} {what} (first: line {lines[0]})")
     return out
 
