@@ -46,6 +46,22 @@ def test_acc_counts_scenes_whose_most_probable_style_or_subject_is_asked_and_no_
     assert METRICS["broken"](cell()).value == pytest.approx(100 * (N - whole) / N) and 20 < whole < sum(there) < 90
 
 
+def test_a_classifier_of_transformers_names_whole_words(tmp_path):
+    import json
+    from transformers import ResNetConfig, ResNetForImageClassification
+    from unlearn_wb.metrics import Classifier
+    labels = ["tabby, tabby cat", "catamaran", "hot-air balloon"]
+    ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=dict(enumerate(labels)))).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_processor_type="ConvNextImageProcessor", size=dict(shortest_edge=32), image_mean=[.5] * 3, image_std=[.5] * 3)))
+    c, images = Classifier(str(tmp_path)), torch.rand(4, 3, 32, 32, generator=g)
+    images[2, 0, 0, 0] = math.nan
+    rows = c(images)
+    assert rows.shape == (4, 3) and rows[[0, 1, 3]].sum(1).allclose(torch.ones(3)) and rows[2].isnan().all()
+    sure = torch.eye(3)
+    assert c.shows(sure, "Cat").tolist() == [True, False, False] and c.shows(sure, "catamaran").tolist() == [False, True, False] and c.shows(sure, "balloon").tolist() == [False, False, True]
+    with pytest.raises(Unmeasurable, match="no label of .* names 'cata'"): c.shows(sure, "cata")
+
+
 def dot(a, b): return sum(float(x) * float(y) for x, y in zip(a, b))
 
 

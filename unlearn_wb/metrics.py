@@ -4,7 +4,7 @@
 
 # %% ../nbs/lib/09_metrics.ipynb #c002
 from __future__ import annotations
-import hashlib, math
+import hashlib, math, re
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -172,8 +172,9 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, images, original=None): return _rows(images, lambda x: self.model(**self.processor(images=list(x), do_rescale=False, return_tensors="pt")).logits.softmax(1))
     def shows(self, rows, concept):
-        "Which images' most probable label names the concept."
-        mine = torch.tensor([concept.lower() in label for label in self.labels])
+        "Which images' most probable label names the concept, as whole words: a catamaran is no cat."
+        word = re.compile(rf"(?<!\w){re.escape(concept.lower())}(?!\w)")
+        mine = torch.tensor([bool(word.search(label)) for label in self.labels])
         if not mine.any(): raise Unmeasurable(f"no label of {self.name} names '{concept}'; use CA, or another classifier")
         return mine[finite(rows, "ACC").argmax(1)]
 
