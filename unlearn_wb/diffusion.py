@@ -115,12 +115,14 @@ def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
 # %% ../nbs/lib/01_diffusion.ipynb #c016
 LOADING = threading.RLock()  # held while a model is built: diffusers changes torch's modules for all threads meanwhile
 
+def _needed(record) -> bool: return "requires torchvision" not in record.getMessage()
+
 @contextmanager
 def quiet_loading():
     "One at a time, no progress bars for loading and saving parts, and no word about a missing torchvision, which nothing here needs."
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
-    logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "requires torchvision" not in record.getMessage())
+    logging.getLogger("transformers.utils.import_utils").addFilter(_needed)
     d.disable_progress_bar(), t.disable_progress_bar()
     try:
         with LOADING: yield
@@ -345,8 +347,8 @@ def sample(model: Denoiser,
 
 def embed_each(model: Denoiser, prompts: list[str]) -> torch.Tensor:
     "`model.embed`, encoding each distinct prompt once."
-    unique = list(dict.fromkeys(prompts))
-    return model.embed(unique)[[unique.index(p) for p in prompts]]
+    row = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+    return model.embed(list(row))[[row[p] for p in prompts]]
 
 # %% ../nbs/lib/01_diffusion.ipynb #c033
 class FlowDenoiser(Denoiser):

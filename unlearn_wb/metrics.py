@@ -124,10 +124,10 @@ class Clip:
     @torch.no_grad()
     def texts(self, texts: list[str]) -> torch.Tensor:  # (T,D), unit length
         "Where texts lie; cut at the tokenizer's limit."
-        unique = list(dict.fromkeys(texts))
-        ids = self.tokenizer(unique, padding="max_length", truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt")
+        row = {t: i for i, t in enumerate(dict.fromkeys(texts))}
+        ids = self.tokenizer(list(row), padding="max_length", truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt")
         rows = [self.model.text_projection(self.model.text_model(input_ids=i).pooler_output) for i in ids.input_ids.split(256)]
-        return F.normalize(torch.cat(rows), dim=1)[[unique.index(t) for t in texts]]
+        return F.normalize(torch.cat(rows), dim=1)[[row[t] for t in texts]]
 
     def __call__(self, images, original=None): return _rows(images, self.images)
 
@@ -352,9 +352,8 @@ class Cell:
 
 def acc(c: Cell) -> Value:
     rows, judge = c.need("classifier"), c.scorers["classifier"]
-    hits = torch.stack([judge.shows(rows, name) for name in dict.fromkeys(c.concepts)])  # (names, N)
-    mine = torch.tensor([list(dict.fromkeys(c.concepts)).index(x) for x in c.concepts])
-    return rate_value("ACC", hits[mine, torch.arange(len(mine))], c.toward("higher"), judge.name)
+    shown = {name: judge.shows(rows, name) for name in dict.fromkeys(c.concepts)}  # name -> (N,)
+    return rate_value("ACC", torch.tensor([bool(shown[name][i]) for i, name in enumerate(c.concepts)]), c.toward("higher"), judge.name)
 def broken(c: Cell) -> Value:
     rows, judge = c.need("classifier"), c.scorers["classifier"]
     if not hasattr(judge, "broken"): raise Unmeasurable(f"{judge.name} does not tell whether an image shows anything at all; the sandbox's judge does")
