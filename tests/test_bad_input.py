@@ -27,6 +27,7 @@ CASES = {
     "retain listed": (dict(retain="Monet; Picasso"), "join them by +: 'monet + picasso'"),
     "linked": (dict(concept="Starry Night"), "unknown concept 'Starry Night'; it is a phrase linked to 'van gogh': name that"),
     "itself": (dict(concept="Snoopy", anchor="snoopy"), "the anchor 'snoopy' is the concept itself"),
+    "anchor forgotten": (dict(concept="Van Gogh + Monet", anchor="monet"), "the anchor 'monet' is to be forgotten in the same run"),
     "anchor": (dict(anchor="zeppelin"), "unknown anchor 'zeppelin'"),
     "twice": (dict(concept="Snoopy+snoopy"), "names a concept twice"),
     "both": (dict(concept="Snoopy", retain="Snoopy"), "both to be forgotten and to be retained"),

@@ -116,8 +116,10 @@ class Erasure:
         similar = similarity(model, concept, list(v.styles + (v.plain,) if kind == "style" else v.things + v.characters))
         gone = {c.lower() for c in (concept, *also)}
         nearest = next((n for n in similar if n in v.things and n.lower() not in gone), "")
-        if not anchor: anchor = v.plain if kind == "style" else v.parents.get(concept, nearest)
+        parent = v.parents.get(concept, "")
+        if not anchor: anchor = v.plain if kind == "style" else parent if parent and parent.lower() not in gone else nearest
         if anchor.lower() == concept.lower(): raise BadConcept(f"the anchor '{anchor}' is the concept itself; name something else to say instead, or leave it empty to have one found")
+        if anchor.lower() in gone: raise BadConcept(f"the anchor '{anchor}' is to be forgotten in the same run; name something else to say instead, or leave it empty to have one found")
         described = len(anchor.split()) > 2  # "a small white dog with black ears"
         if v.closed and not described and anchor.lower() not in [n.lower() for n in v.names() + (v.plain, "photo")]: raise _unknown(anchor, v, "anchor")
         pool = retain or tuple(n for n in similar if n.lower() not in gone | {anchor.lower(), v.plain})[:related]
