@@ -101,6 +101,7 @@ def test_what_is_given_stands_in_the_panel_and_is_what_runs(live):
     assert x._asked()["anchor"] == "", "the anchor was Van Gogh's"
     for options, part in (("combiner=surgry", "did you mean &#x27;surgery&#x27;"), ("lr=0", "lr = 0.0; a number above 0 is needed")):
         assert part in live(options=options).said.value
+    assert "combiner=UPGrad" in live(options="combiner=UPGrad")._asked()["options"], "torchjd's are not in the menu until one is asked for"
 
 
 def test_look_and_compare_show_a_run(live, tmp_path):

@@ -17,6 +17,7 @@ from .reference import reference_for
 from .registry import METHODS
 from .runs import BadRun, Run
 from .scopes import choose
+from .surgery import Combiner
 from .widgets import Watch, aloud, png, sentence, someone_watches
 from .workbench import COMMON, Experiment, read_options
 
@@ -60,7 +61,10 @@ class Panel:
         import ipywidgets as w
         for k, v in values.items():
             c = self.controls[k]
-            if k in self.choices: choose(k, v, self.choices[k])
+            if k == "combiner":
+                Combiner(v)  # refuses what neither we nor torchjd have
+                c.options = list(dict.fromkeys([*c.options, v]))
+            elif k in self.choices: choose(k, v, self.choices[k])
             elif isinstance(c, w.FloatLogSlider) and v <= 0: raise ValueError(f"{k} = {v}; a number above 0 is needed")
             elif hasattr(c, "max"):
                 edge = math.log10(v) if isinstance(c, w.FloatLogSlider) else v

