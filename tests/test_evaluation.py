@@ -274,6 +274,8 @@ def test_evaluates_runs_directories_and_changed_weights_alike(run, tmp_path):
     wide = a.paper_table()
     assert list(wide.index) == ["original", "run original", "model", "changed"] and ("target", "van gogh", "ACC ↓") in wide.columns and ("retained", "monet", "ACC ↑") in wide.columns
     assert (tmp_path / "out/table.tex").read_text().count(r"\\") == 6 and "**" in (tmp_path / "out/table.md").read_text()
+    shutil.copytree(tmp_path / "out", tmp_path / "original/evaluation", ignore=shutil.ignore_patterns("cache"))
+    assert leaderboard([tmp_path / "original"])["CS target"][0] == t[(t.model == "run original") & (t.metric == "CS") & (t.group == "target")].value.iloc[-1], "and compare finds it"
     a.show_grids(4)
     assert len(a.show_recall().data) == 4 and (tmp_path / "out/images/recall.png").exists()
     back = pd.read_csv(tmp_path / "out/recall.csv")

@@ -97,6 +97,8 @@ def test_what_is_given_stands_in_the_panel_and_is_what_runs(live):
     assert (asked["anchor"], asked["preset"], asked["iterations"], asked["seed"]) == ("monet", "paper", 0, 3) and {"iterations=60", "combiner=sum"} <= set(asked["options"].split(", "))
     x.method.value = "esd"
     assert x._asked()["options"] == "" and x._asked()["iterations"] == 0, "another method's panel has its own defaults, and they are what runs"
+    x.method.value = "uce"
+    assert x._asked()["iterations"] == 0, "a method without iterations is not asked for them"
     x.concept.value = "Snoopy"
     assert x._asked()["anchor"] == "", "the anchor was Van Gogh's"
     for options, part in (("combiner=surgry", "did you mean &#x27;surgery&#x27;"), ("lr=0", "lr = 0.0; a number above 0 is needed")):

@@ -21,8 +21,8 @@ from .stores import local_copy
 from .widgets import Progress
 
 # %% auto #0
-__all__ = ['EVALUATED', 'Candidate', 'erasures_of', 'Assessment', 'find_runs', 'leaderboard', 'pareto', 'ranking', 'plot_front',
-           'board_table']
+__all__ = ['EVALUATED', 'Candidate', 'called', 'erasures_of', 'Assessment', 'find_runs', 'leaderboard', 'pareto', 'ranking',
+           'plot_front', 'board_table']
 
 # %% ../nbs/lib/09_assessment.ipynb #c005
 @dataclass
@@ -54,6 +54,10 @@ class Candidate:
             load_changed(model.unet, path)
             return cls(path.stem, model)
         raise BadRun(f"'{what}' is neither a run folder (config.json), nor a diffusers directory (model_index.json), nor a file of changed weights (.safetensors)")
+
+def called(name: str) -> str:
+    "A candidate's name in tables, where `original` and `reference...` are taken."
+    return f"run {name}" if name.startswith(("original", "reference")) else name
 
 def erasures_of(config: dict, model: Denoiser) -> list[Erasure]:
     "What a run was asked to forget."
@@ -95,7 +99,7 @@ class Assessment:
         cache = Cache(self.out / "cache")
         galleries, names = {"original": Gallery(base, cache, **settings)}, {}
         for c in self.candidates:
-            name = f"run {c.name}" if c.name.startswith(("original", "reference")) else c.name  # those names are taken
+            name = called(c.name)
             names[name] = names.get(name, 0) + 1
             galleries[name if names[name] == 1 else f"{name} ({names[name]})"] = Gallery(c.model, cache, **settings)
         where = reference_for(base, [e.target for e in self.erasures]) if p["exact"] and self.erasures else None
@@ -252,7 +256,7 @@ def _evaluated(folder: Path) -> dict:
     file = folder / "evaluation" / "metrics.parquet"
     if not file.exists(): return {}
     m = pd.read_parquet(file)
-    m = m[(m.model == folder.name) & (m.why == "")]
+    m = m[(m.model == called(folder.name)) & (m.why == "")]
     pick = lambda metric, group: m[(m.metric == metric) & (m.group == group)].value.tail(1)  # the pooled cell is the last
     return {c: float(v.iloc[0]) for c, (metric, group, _) in EVALUATED.items() if len(v := pick(metric, group))}
 

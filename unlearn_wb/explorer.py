@@ -19,7 +19,7 @@ from .runs import BadRun, Run
 from .scopes import choose
 from .surgery import Combiner
 from .widgets import Watch, aloud, png, sentence, someone_watches
-from .workbench import COMMON, Experiment, read_options
+from .workbench import COMMON, WHAT, Experiment, read_options
 
 # %% auto #0
 __all__ = ['FIRST', 'ALWAYS', 'field_help', 'control', 'Panel', 'anchor_strip', 'side_by_side', 'denoising_path',
@@ -200,7 +200,7 @@ class Explorer:
         "The run that is asked for, as the parameters of an `Experiment`."
         p = COMMON | dict(base_model=self.p["base_model"], concept=self.p["concept"]) | self.settings
         if hasattr(self, "panel"):
-            p |= {f.name: COMMON[f.name] for f in fields(self.panel.config) if f.name in COMMON and f.name not in ALWAYS}  # the panel says them
+            p |= {k: v for k, v in COMMON.items() if k not in (*WHAT, *ALWAYS)}  # the panel says them, or its method has none
             p |= dict(concept=self.concept.value, anchor=self.words.value.strip() or ("" if self.anchor.value == self.erasures[0].anchor else self.anchor.value), preset=self.preset.value, options=self.panel.changed())
         return p
 
