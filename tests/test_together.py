@@ -107,6 +107,56 @@ def test_a_compiled_denoiser_gives_the_same_weights(name, cache, monkeypatch):
     assert compiled and close(w, p)
 
 
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if hasattr(m.make, "couples")])
+def test_frozen_weights_kept_in_half_change_no_bit(name, cache, monkeypatch):
+    from contextlib import nullcontext
+    def weights(**changes):
+        trainer = prepared(name, cache, precision="bf16", **changes)
+        unet, kinds = trainer.method.model.unet, []
+        before = {k: p.detach().clone() for k, p in unet.named_parameters() if k not in trainer.params and not p.requires_grad}
+        for step in trainer: kinds.append({p.dtype for p in unet.parameters() if not p.requires_grad})
+        assert all(torch.equal(p, before[k]) for k, p in unet.named_parameters() if k in before), "a frozen weight came back otherwise"
+        assert trainer.method.model.dtype == torch.float32
+        return {k: w.clone() for k, w in trainer.method.params.items()}, kinds
+    halved, kinds = weights()
+    if not prepared(name, cache).method.adversary and METHODS[name].defaults(*_about(name)).scope != "full": assert all(torch.bfloat16 in k for k in kinds), "nothing was halved"
+    else: assert not any(torch.bfloat16 in k for k in kinds)
+    monkeypatch.setattr(Denoiser, "halved", lambda self, precision: nullcontext())
+    plain, _ = weights()
+    assert all(torch.equal(w, plain[k]) for k, w in halved.items())
+
+
+def _about(name):
+    model = Denoiser(tiny_pipeline(), "tiny")
+    return model, Erasure.find(model, "Van Gogh", kind="style", retain=("Monet", "Picasso"))
+
+
+def test_a_run_left_in_the_middle_has_its_frozen_weights_back(cache):
+    trainer = prepared("conabl", cache, precision="bf16")
+    for step in trainer: break
+    assert {p.dtype for p in trainer.method.model.unet.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["doco", "conabl"])
+def test_a_step_does_not_wait_for_single_numbers(name, cache, monkeypatch):
+    "Each number read from a GPU stops the processor until all work is done: a step reads its two tables and nothing else."
+    import traceback
+    from torch.utils._python_dispatch import TorchDispatchMode
+    read = []
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default: read.append(next(f"{f.name}: {f.line}" for f in reversed(traceback.extract_stack()) if "unlearn_wb" in f.filename))
+            return func(*args, **(kwargs or {}))
+    trainer = prepared(name, cache)
+    steps = iter(trainer)
+    next(steps)
+    for o in (trainer.optimizer, getattr(trainer.method, "d_optimizer", None)):
+        if o: monkeypatch.setattr(o, "step", lambda: None)  # reads its own counters, which lie in the CPU's memory
+    with Watch(): step = next(steps)
+    assert step.phase == "unlearn" and not read, read
+    assert all(isinstance(v, (int, float)) for v in step.values.values())
+
+
 def test_out_of_memory_halves_the_pieces_and_goes_on(cache, monkeypatch, capsys):
     _, w, _ = run("conabl", cache)
     make, plain = METHODS["conabl"].make, METHODS["conabl"].make.unlearning_loss

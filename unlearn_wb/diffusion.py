@@ -9,11 +9,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from torch import nn
 import unlearn_wb
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev', 'BadModel',
-           'default_precision', 'resolve_device', 'resolve_model', 'quiet_loading', 'why_not_loaded',
+__all__ = ['HALVES', 'PRECISIONS', 'DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev',
+           'BadModel', 'default_precision', 'resolve_device', 'resolve_model', 'quiet_loading', 'why_not_loaded',
            'need_cross_attention', 'Denoiser', 'denoise', 'starting_noise', 'sample', 'embed_each', 'FlowDenoiser',
            'attention_maps']
 
@@ -69,6 +70,7 @@ def default_precision(device: str = "cpu") -> str:
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", "") else "fp32"
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {"fp32": "32-bit floats", "bf16": "bfloat16 autocast", "fp16": "half-precision autocast, losses scaled"}
 
 def resolve_device(device: str = "",  # "" for a GPU where there is one
@@ -146,6 +148,7 @@ def need_cross_attention(model, who: str):
 class Denoiser:
     "A Stable Diffusion pipeline as the function eps(x_t, t, c): this class and its child alone know the pipeline's own interface."
     part = "unet"  # the pipeline's name of the denoising network
+    compiled, _dtype = False, None
     cross_attention = True  # words enter by cross-attention, whose keys and values are functions of the text states alone
     def __init__(self, pipe,  # a diffusers `StableDiffusionPipeline`
                  name: str = "",  # what to call it
@@ -204,7 +207,7 @@ class Denoiser:
     @property
     def device(self): return self.unet.device
     @property
-    def dtype(self): return self.unet.dtype
+    def dtype(self): return self._dtype or self.unet.dtype
     @property
     def latent_shape(self): return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
     @property
@@ -236,8 +239,25 @@ class Denoiser:
 
     def autocast(self, precision: str):
         "A context in which the heavy parts compute in bf16 or fp16, or as they are (fp32)."
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return torch.autocast(self.device.type, kinds[precision]) if precision in kinds else nullcontext()
+        return torch.autocast(self.device.type, HALVES[precision]) if precision in HALVES else nullcontext()
+
+    @contextmanager
+    def halved(self, precision: str):
+        "Within this block the denoiser's frozen layers hold their weights as `autocast` of that precision rounds them, so that it need not at every use: the same results, less memory on a GPU (what was rounded away waits in the CPU's memory), fewer kernels. For blocks that compute in that precision alone."
+        kind, before = HALVES.get(precision), {}
+        frozen = {w for m in self.unet.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and not getattr(m, "adapted", False) for w in m.parameters(recurse=False) if not w.requires_grad} if kind else ()
+        self._dtype = self.unet.dtype
+        try:
+            for w in frozen: before[w], w.data = (w.data if w.device.type == "cpu" else w.data.cpu()), w.data.to(kind)
+            yield
+        finally:
+            for w, data in before.items(): w.data = data.to(w.device)
+            self._dtype = None
+
+    def compile(self):
+        "Translate the denoiser for this machine; `sample`, whose shapes differ from training's, goes on without."
+        self.unet.compile()
+        self.compiled = True
 
     @property
     def base_hash(self) -> str:
@@ -340,7 +360,8 @@ def sample(model: Denoiser,
     "Paint one image for each prompt and seed."
     out, c_null = [], model.embed([""])
     for i in range(0, len(prompts), batch):
-        *_, (_, x, _) = denoise(model, starting_noise(model, seeds[i:i + batch]), embed_each(model, prompts[i:i + batch]), c_null, steps, guidance, precision)
+        with torch.compiler.set_stance("force_eager") if model.compiled else nullcontext():
+            *_, (_, x, _) = denoise(model, starting_noise(model, seeds[i:i + batch]), embed_each(model, prompts[i:i + batch]), c_null, steps, guidance, precision)
         out.append(model.decode(x) if decode else x.cpu())
         if callback: callback(min(i + batch, len(prompts)), len(prompts))
     return torch.cat(out)

@@ -5,6 +5,7 @@
 # %% ../nbs/lib/07_loop.ipynb #c002
 from __future__ import annotations
 import math, time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Iterator, Protocol
 import torch
@@ -13,7 +14,7 @@ from .scopes import choose
 from .surgery import Combiner
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'FullElsewhere', 'Together', 'Gradients', 'Trainer', 'unlearn']
+__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'FullElsewhere', 'Together', 'Gradients', 'numbers', 'Trainer', 'unlearn']
 
 # %% ../nbs/lib/07_loop.ipynb #c005
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class Together:
             self.sum(0.)
             for t in tensors: torch.distributed.all_reduce(t)
 
-    def sum(self, value: float) -> float:
-        "Add up a number over all processes. Raises `FullElsewhere` when one of them says `full` instead."
+    def sum(self, value: float | torch.Tensor) -> float | torch.Tensor:
+        "Add up a number over all processes (of one process as it is, without waiting for the device). Raises `FullElsewhere` when one of them says `full` instead."
         if not self.on: return value
-        total, full = self._meet(value, 0.)
+        total, full = self._meet(float(value), 0.)
         if full: raise FullElsewhere("another process ran out of memory")
         return total
 
@@ -94,6 +95,12 @@ class Gradients:
         for p, v in zip(self.params, self.views[which]): p.grad = v
 
 # %% ../nbs/lib/07_loop.ipynb #c010
+def numbers(values: dict) -> dict:
+    "What a step measured, as plain numbers: one wait for the device, whatever is still there."
+    there = {k: v for k, v in values.items() if torch.is_tensor(v)}
+    if not there: return values
+    return values | dict(zip(there, torch.stack([v.detach().double().reshape(()) for v in there.values()]).tolist()))
+
 SCHEDULES = {  # share of the run that is over, 0 to 1 -> factor of the learning rate
     "constant": lambda x: 1.,
     "cosine": lambda x: .5 + .5 * math.cos(math.pi * x)}
@@ -166,7 +173,7 @@ class Trainer:
             self.pieces *= 2
             if self.together.rank == 0: print(f"out of memory at step {self.step + 1}: the batch goes through in {self.pieces} pieces from here on, to the same result", flush=True)
 
-    def _gradient(self, which, loss, parts) -> float | None:
+    def _gradient(self, which, loss, parts) -> float | torch.Tensor | None:
         "One side's gradient over all pieces and processes, in its buffer; the loss."
         self.gradients.into(which)
         total, share = 0., 1 / (self.pieces * self.together.size)
@@ -174,7 +181,7 @@ class Trainer:
             l = loss(part)
             if l is None: return None
             (share * self.scale * l).backward()
-            total += share * l.item()
+            total = total + share * l.detach().double()
         flat = self.gradients.flat[which]
         self.together.sum_(flat)
         if self.scale != 1: flat.div_(self.scale)
@@ -195,7 +202,7 @@ class Trainer:
             return values | {"overflow": self.scale, "lr": self.controls["lr"]} | m.after(*parts)
         stats = (replace(self.combiner, keep_angles=True) if self.watch_layers else self.combiner)(g.views["u"], g.views["r"])
         if stats.angles: self.layers.append((self.step + 1, stats.angles))
-        norm = float(nn.utils.clip_grad_norm_(self.params, m.clip if m.clip else math.inf))  # once, after the projection
+        norm = nn.utils.clip_grad_norm_(self.params, m.clip if m.clip else math.inf)  # once, after the projection
         lr = self.controls["lr"] * self.schedule((self.step - m.warmup) / max(1, self.total - m.warmup))
         for group in self.optimizer.param_groups: group["lr"] = lr
         self.optimizer.step()
@@ -204,11 +211,16 @@ class Trainer:
         return values | m.after(*parts)
 
     def __iter__(self) -> Iterator[Step]:
-        "Run to the end, one `Step` at a time. Raises `FloatingPointError` at the first loss that is not finite, before the weights see it."
+        "Run to the end, one `Step` at a time. Raises `FloatingPointError` at the first gradient that is not finite, before the weights see it, and at the first such loss, before anybody sees the step."
+        m = self.method
+        rounded = getattr(getattr(m, "config", None), "precision", "") if getattr(m, "adversary", None) is None else ""  # an adversary computes in full precision in between
+        with m.model.halved(rounded) if rounded else nullcontext(): yield from self._steps()
+
+    def _steps(self) -> Iterator[Step]:
         while self.step < self.total:
             began, warm = time.perf_counter(), self.step < self.method.warmup
             batch = self.method.batch(self.step)
-            values = self._warm_up(batch) if warm else self._unlearn(batch)
+            values = numbers(self._warm_up(batch) if warm else self._unlearn(batch))
             bad = [k for k, v in values.items() if k.startswith("loss") and not math.isfinite(v) and not (k == "loss_r" and math.isnan(v))]
             if bad: raise FloatingPointError(f"{bad[0]} is {values[bad[0]]} at step {self.step + 1}; lower lr or disc_lr, or use precision fp32")
             self.step += 1

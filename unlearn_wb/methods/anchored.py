@@ -146,7 +146,7 @@ class Anchored:
         if config.micro_batch and config.batch_size % config.micro_batch: raise ValueError(f"micro_batch = {config.micro_batch} does not divide batch_size = {config.batch_size}; choose a divisor")
         self.pieces = config.batch_size // config.micro_batch if config.micro_batch else 1
         if config.checkpointing: model.unet.enable_gradient_checkpointing()
-        if config.compile: model.unet.compile()
+        if config.compile: model.compile()
         self.moved = self.moving()
         self.params = self.moved.params
         self.banks = self.make_banks()

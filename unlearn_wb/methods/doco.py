@@ -93,16 +93,16 @@ class DoCo(Anchored):
 
     def after(self, *parts) -> dict:
         "D's turn, on what it was just shown and the anchor's counterpart."
-        share, seen = 1 / (len(parts) * self.together.size), torch.zeros(4, dtype=torch.float64)
+        share, seen = 1 / (len(parts) * self.together.size), torch.zeros(4, dtype=torch.float64, device=self.model.device)
         self.d_optimizer.zero_grad(set_to_none=False)
         for b, _ in parts:
             anchor, target = self.score(self.anchor_view(b), b), self.score(b.z, b)
             loss = self.d_loss(anchor, target)
             (share * loss).backward()
-            seen += share * torch.tensor([loss.item(), accuracy(anchor, target).item(), anchor.mean().item(), target.mean().item()], dtype=torch.float64)
-        self.together.sum_(*(p.grad for p in self.D.parameters() if p.grad is not None))
+            seen += share * torch.stack([loss.detach(), accuracy(anchor, target), anchor.detach().mean(), target.detach().mean()])
+        self.together.sum_(*(p.grad for p in self.D.parameters() if p.grad is not None), seen)
         self.d_optimizer.step()
-        return dict(zip(("loss_d", "d_acc", "logit_anchor", "logit_target"), (self.together.sum(v) for v in seen.tolist())))
+        return dict(zip(("loss_d", "d_acc", "logit_anchor", "logit_target"), seen))
 
     def warm_up(self, *parts) -> dict:
         "D learns the difference that is still there; no graph through the denoiser."
