@@ -28,8 +28,8 @@ from .workbench import MODES, read_options, stages
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
            'read_strip', 'strips_there', 'read_strips', 'show_strips', 'poster', 'recall_poster', 'trained', 'outcome',
-           'recalled', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'fill', 'share', 'side_by_side',
-           'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_rate', 'recall_verdict']
+           'recalled', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'claimed', 'fill', 'share',
+           'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_rate', 'recall_verdict']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -239,33 +239,49 @@ def alone(folder: Path):
         yield
     finally: os.close(fd)
 
+@contextmanager
+def claimed(path: Path, job: tuple):
+    "Whether this process has a job of a study to itself (False: another one is at it); held within this block, and left by a process that dies."
+    file = path.parent / f".{path.stem}.{sha256(repr(job).encode()).hexdigest()[:12]}.lock"
+    fd = os.open(file, os.O_CREAT | os.O_RDWR)
+    try:
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: yield False
+        else:
+            try: yield True
+            finally: file.unlink(missing_ok=True)
+    finally: os.close(fd)
+
 def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback: Callable | None = print,
-         backwards: bool = False,  # from the end of the list: for a second process
          settled: Callable = settings,  # variant -> what decides its runs
          **given):
-    "Run the jobs (variant, concept, seed) that the file lacks or holds with other settings, putting each one's rows there when it ends. The whole table."
+    "Run the jobs (variant, concept, seed) that the file lacks or holds with other settings and that no other process is at, putting each one's rows there when it ends. The whole table."
     import pandas as pd
     path, began, did, now = Path(path), time.time(), 0, {v: settled(v) for v, _, _ in jobs}  # a wrong variant is refused before anything runs
+    path.parent.mkdir(parents=True, exist_ok=True)
     theirs = lambda table, job: (table[KEYS].astype(str) == list(map(str, job))).all(axis=1)
-    for k, job in enumerate(jobs[::-1] if backwards else jobs):
-        table, known = read_study(path), read_settings(path)
-        there = table[theirs(table, job)]
-        if len(there) and all(same(known.get(key), now[job[0]]) for key in there.settings): continue
-        rows = run(*job, **given)
-        if rows is None: continue
-        key = sha256(json.dumps(now[job[0]], sort_keys=True).encode()).hexdigest()[:12]
-        rows = rows.assign(**dict(zip(KEYS, job)), settings=key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path.parent):
-            table, known = read_study(path), read_settings(path) | {key: now[job[0]]}  # others may have written meanwhile
-            table = table[~theirs(table, job)]
-            table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
-            part = path.with_suffix(".part")
-            used = sorted(set(table.settings.dropna()) & set(known))  # ahead of the table, so that no row is without its settings
-            part.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(known[k], sort_keys=True)}' for k in used) + "\n}\n")
-            part.replace(path.with_suffix(".settings.json"))
-            table[KEYS + [c for c in table if c not in KEYS]].to_csv(part, index=False, float_format="%.5g")
-            part.replace(path)
+    def done(job):
+        there, known = read_study(path), read_settings(path)
+        there = there[theirs(there, job)]
+        return len(there) and all(same(known.get(key), now[job[0]]) for key in there.settings)
+    for k, job in enumerate(jobs):
+        if done(job): continue
+        with claimed(path, job) as mine:
+            if not mine or done(job): continue  # others may have done it meanwhile
+            rows = run(*job, **given)
+            if rows is None: continue
+            key = sha256(json.dumps(now[job[0]], sort_keys=True).encode()).hexdigest()[:12]
+            rows = rows.assign(**dict(zip(KEYS, job)), settings=key)
+            with alone(path.parent):
+                table, known = read_study(path), read_settings(path) | {key: now[job[0]]}
+                table = table[~theirs(table, job)]
+                table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
+                part = path.with_suffix(".part")
+                used = sorted(set(table.settings.dropna()) & set(known))  # ahead of the table, so that no row is without its settings
+                part.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(known[k], sort_keys=True)}' for k in used) + "\n}\n")
+                part.replace(path.with_suffix(".settings.json"))
+                table[KEYS + [c for c in table if c not in KEYS]].to_csv(part, index=False, float_format="%.5g")
+                part.replace(path)
         did += 1
         if callback: callback(f"{', '.join(map(str, job))}: " + ", ".join(f"{g} {h / n:.0%}" for g, h, n in zip(rows.group, rows.hits, rows.n)) + f"; {rows.seconds.iloc[0]:.0f} s; at most {(len(jobs) - k - 1) * (time.time() - began) / did / 60:.0f} min left", flush=True)
     return read_study(path)
