@@ -258,7 +258,6 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
     "Run the jobs (variant, concept, seed) that the file lacks or holds with other settings and that no other process is at, putting each one's rows there when it ends. The whole table."
     import pandas as pd
     path, began, did, now = Path(path), time.time(), 0, {v: settled(v) for v, _, _ in jobs}  # a wrong variant is refused before anything runs
-    path.parent.mkdir(parents=True, exist_ok=True)
     theirs = lambda table, job: (table[KEYS].astype(str) == list(map(str, job))).all(axis=1)
     def done(job):
         there, known = read_study(path), read_settings(path)
@@ -266,6 +265,7 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
         return len(there) and all(same(known.get(key), now[job[0]]) for key in there.settings)
     for k, job in enumerate(jobs):
         if done(job): continue
+        path.parent.mkdir(parents=True, exist_ok=True)
         with claimed(path, job) as mine:
             if not mine or done(job): continue  # others may have done it meanwhile
             rows = run(*job, **given)
