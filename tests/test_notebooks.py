@@ -102,3 +102,15 @@ def test_table_of_methods_is_filled_under_papermill(tmp_path):
     assert not list(tmp_path.rglob("*.part"))
     p = subprocess.run([*line, "-p", "run", "uec"], cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode and "did you mean 'uce'" in p.stderr
+
+
+def test_an_anchor_is_measured_before_it_is_used(tmp_path):
+    "The anchor study's own measure: to a style, another style is nearer than a dog."
+    here = {}
+    for cell in (c for c in json.loads((ROOT / "nbs/reproduce_anchors.ipynb").read_text())["cells"] if c["cell_type"] == "code"):
+        if cell["id"] == "c003": here |= dict(eval_images=1, cache_dir=str(tmp_path / "cache"), device="cpu")
+        exec("".join(cell["source"]), here)
+        if cell["id"] == "c003": break
+    one = lambda anchor: here["one"](f"conabl: anchor={anchor}, iterations=1, num_images=2, batch_size=2, prompts=2", "Van Gogh", 0)
+    near, far = one("picasso"), one("dog")
+    assert {"target", "retained"} <= set(near.group) and 0 < near.gap.iloc[0] < far.gap.iloc[0]
