@@ -301,9 +301,9 @@ def side_by_side(table, variants: list[str], concepts: list[str] | None = None):
                          | {"target broken ↓": share(part, "target", "broken"), "I retained ↓": round(part[part.group == "retained"].I.mean(), 3), "CPU seconds": round(part.seconds.median()) if part.seconds.notna().any() else "", "runs": part.groupby(KEYS).ngroups} for v, part in rows.items() if len(part)])
 
 def by_concept(table, variants: list[str], concepts: list[str] | None = None):
-    "Variants as rows, concepts as columns: target / retained in per cent. A DataFrame."
+    "Variants as rows, concepts as columns, several at once last: target / retained in per cent. A DataFrame."
     import pandas as pd
-    concepts = [c for c in concepts or dict.fromkeys(table.concept) if (table.concept == c).any()]
+    concepts = [c for c in concepts or sorted(dict.fromkeys(table.concept), key=lambda c: c.count("+")) if (table.concept == c).any()]
     def cell(v, c):
         part = table[(table.variant == v) & (table.concept == c)]
         rate = lambda g: f"{100 * part[part.group == g].hits.sum() / part[part.group == g].n.sum():.0f}" if part[part.group == g].n.sum() else "—"
