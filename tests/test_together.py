@@ -126,6 +126,17 @@ def test_frozen_weights_kept_in_half_change_no_bit(name, cache, monkeypatch):
     assert all(torch.equal(w, plain.params[k]) for k, w in halved.params.items())
 
 
+def test_a_compiled_denoisers_convolutions_lie_channels_last_while_it_trains_in_half():
+    model = Denoiser(tiny_pipeline(), "tiny")
+    w = model.unet.conv_in.weight
+    before, last = w.data, lambda: w.is_contiguous(memory_format=torch.channels_last)
+    with model.halved("bf16"): assert w.dtype == torch.bfloat16 and not last()
+    model.compiled = True
+    with model.halved("fp32"): assert w.data_ptr() == before.data_ptr()
+    with model.halved("bf16"): assert w.dtype == torch.bfloat16 and last() and torch.equal(w, before.bfloat16())
+    assert w.data_ptr() == before.data_ptr() and w.dtype == torch.float32 and not last()
+
+
 def test_a_run_left_in_the_middle_has_its_frozen_weights_back(cache):
     trainer = prepared("conabl", cache, precision="bf16")
     for step in trainer: break

@@ -243,14 +243,14 @@ class Denoiser:
 
     @contextmanager
     def halved(self, precision: str):
-        "Within this block the denoiser's frozen layers hold their weights as `autocast` of that precision rounds them, so that it need not at every use: the same results, less memory on a GPU (what was rounded away waits in the CPU's memory), fewer kernels. Of a compiled denoiser on a GPU the convolutions' weights lie channels last, as its kernels read them. For blocks that compute in that precision alone."
+        "Within this block the denoiser's frozen layers hold their weights as `autocast` of that precision rounds them, so that it need not at every use: the same results, less memory on a GPU (what was rounded away waits in the CPU's memory), fewer kernels. Of a compiled denoiser the convolutions' weights lie channels last, as its kernels read them. For blocks that compute in that precision alone."
         kind, before = HALVES.get(precision), {}
         frozen = {w for m in self.unet.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and not getattr(m, "adapted", False) for w in m.parameters(recurse=False) if not w.requires_grad} if kind else ()
         self._dtype = self.unet.dtype
         try:
             for w in frozen:
-                last = self.compiled and w.ndim == 4 and w.device.type == "cuda"
-                before[w], w.data = (w.data if w.device.type == "cpu" else w.data.cpu()), w.data.to(kind, memory_format=torch.channels_last if last else torch.preserve_format)
+                layout = torch.channels_last if self.compiled and w.ndim == 4 else torch.preserve_format
+                before[w], w.data = (w.data if w.device.type == "cpu" else w.data.cpu()), w.data.to(kind, memory_format=layout)
             yield
         finally:
             for w, data in before.items(): w.data = data.to(w.device)
