@@ -23,10 +23,8 @@ demo: $(READY)  ## forget "Van Gogh" on the built-in sandbox: a verdict and an H
 	@$(BIN)/python -c 'import json; r = json.load(open("$(DEMO)/report.json")); print("\n" + r["verdict"] + "\n\nreport: $(CURDIR)/$(DEMO)/report.html")'
 
 test: $(READY)  ## notebooks' own checks, then what crosses rooms
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/lib --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/methods --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/howto --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 app: $(READY)  ## the explorer as a page without code, on http://127.0.0.1:8866
 	$(BIN)/voila nbs/explore.ipynb --no-browser --port=8866 --Voila.ip=127.0.0.1
@@ -47,7 +45,7 @@ pictures: demo  ## the pictures of the README, from the demo's run and the table
 	cp $(DEMO)/images/grid-target.png nbs/images/before-after.png
 	cp $(DEMO)/images/grid-linked.png nbs/images/starry-night.png
 	$(BIN)/python -c 'from unlearn_wb.study import poster, recall_poster; poster("data/results/sandbox", "Snoopy").savefig("nbs/images/methods.webp", dpi=90); recall_poster("data/results/recall", "Van Gogh").savefig("nbs/images/recall.webp", dpi=90)'
-	UNLEARN_WB_NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/browser/test_explore.py -k choose
+	SMALL_WORLD=$(CURDIR)/data/sandbox/base UNLEARN_WB_NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/browser/test_explore.py -k choose
 	$(BIN)/python -c 'from PIL import Image; Image.open("tests/browser/screenshots/readme.png").convert("RGB").save("nbs/images/explorer.webp", quality=90, method=6)'
 
 readme: $(READY)

@@ -1,7 +1,9 @@
 """Shared pieces: tiny random pipelines, and short runs on the sandbox."""
+import atexit
 import functools
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = dict(iterations=12, warmup=4, num_images=8, eval_images=2, batch_size=4)
 os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches
+torch.set_num_threads(1)  # bits depend on it
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -31,9 +34,25 @@ def somewhere_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@functools.cache
+def small_world():
+    "The sandbox with a denoiser of random weights, a twentieth of the work: the base model of tests that do not ask what is painted. A diffusers directory, Van Gogh's reference beside it."
+    if os.environ.get("SMALL_WORLD"): return os.environ["SMALL_WORLD"]  # another process has made it
+    from diffusers import UNet2DConditionModel
+    world = Path(tempfile.mkdtemp(prefix="small-world-"))
+    atexit.register(shutil.rmtree, world, ignore_errors=True)
+    shutil.copytree(ROOT / "data/sandbox/base", world / "base", ignore=shutil.ignore_patterns("unet"))
+    config = UNet2DConditionModel.load_config(ROOT / "data/sandbox/base/unet") | dict(block_out_channels=(16, 32), norm_num_groups=8)
+    for seed, folder in enumerate(("base/unet", "without/van-gogh")):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            UNet2DConditionModel.from_config(config).save_pretrained(world / folder)
+    return str(world / "base")
+
+
 def parameters(**changes):
     from unlearn_wb.workbench import PARAMETERS
-    return {**PARAMETERS, **SHORT, **changes}
+    return {**PARAMETERS, **SHORT, "base_model": small_world(), **changes}
 
 
 @functools.cache

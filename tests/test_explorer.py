@@ -4,6 +4,7 @@ import asyncio
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, small_world
 
 from unlearn_wb import explorer
 
@@ -16,7 +17,7 @@ def live(monkeypatch):
     monkeypatch.setattr(explorer, "someone_watches", lambda: True)
     monkeypatch.setattr("IPython.display.display", lambda *_: None)
     def make(concept="Van Gogh", method="doco", runs="runs", options=SMALL, **more):
-        x = explorer.Explorer(concept, method, runs=runs, options=options, eval_images=2, **more)
+        x = explorer.Explorer(concept, method, runs=runs, options=options, eval_images=2, base_model=small_world(), **more)
         x.choose(), x.watch()
         return x
     return make
@@ -139,8 +140,7 @@ def test_a_new_method_has_its_panel_for_free(monkeypatch):
 
 def test_papermill_leaves_pictures_where_a_page_would_have_widgets(tmp_path):
     import papermill
-    from conftest import ROOT
-    nb = papermill.execute_notebook(ROOT / "nbs/explore.ipynb", tmp_path / "out.ipynb", dict(options=SMALL, eval_images=2, runs=str(tmp_path / "mine")), progress_bar=False)
+    nb = papermill.execute_notebook(ROOT / "nbs/explore.ipynb", tmp_path / "out.ipynb", dict(base_model=small_world(), options=SMALL, eval_images=2, runs=str(tmp_path / "mine")), progress_bar=False)
     pictures = {c.source: sum("image/png" in o.get("data", {}) for o in c.outputs) for c in nb.cells if c.cell_type == "code"}
     assert pictures["bench.choose()"] == 2 and pictures["bench.watch()"] >= 6 and pictures['bench.look(p["prompt"], p["seed"])'] >= 3 and pictures["bench.compare()"] == 1
     assert not any("widget-view" in k for c in nb.cells if c.cell_type == "code" for o in c.outputs for k in o.get("data", {}))

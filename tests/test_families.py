@@ -153,7 +153,7 @@ def test_a_runs_lora_loads_with_plain_diffusers_and_is_the_run(tmp_path):
     from conftest import parameters
     from diffusers import StableDiffusionPipeline
     from unlearn_wb.workbench import Experiment
-    x = Experiment(parameters(concept="Van Gogh", run_dir=str(tmp_path / "run"), lora=1., precision="fp32"))
+    x = Experiment(parameters(base_model="sandbox", concept="Van Gogh", run_dir=str(tmp_path / "run"), lora=1., precision="fp32"))
     x.train(), x.examine(), x.finish()
     model = tmp_path / "run/model"
     card = (model / "README.md").read_text()

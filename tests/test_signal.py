@@ -4,12 +4,12 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT
+from conftest import ROOT, small_world
 from test_train_doco import FLAGS, wait_for
 
 
 def test_sigterm_to_papermill_leaves_a_checkpoint(tmp_path):
-    flags = [*FLAGS, "-p", "iterations", "4000", "-p", "run_dir", "run"]
+    flags = [*FLAGS, "-p", "iterations", "4000", "-p", "run_dir", "run", "-p", "base_model", small_world()]
     p = subprocess.Popen([sys.executable, "-m", "papermill", str(ROOT / "nbs/train_doco.ipynb"), "out.ipynb", "--no-progress-bar", *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(tmp_path / "run/checkpoints/step-000050", p)
     p.send_signal(signal.SIGTERM)

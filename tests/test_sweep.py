@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import small_world
 
 from unlearn_wb.sweep import folder_name, read_grid, sweep
 
@@ -29,8 +30,8 @@ def workers():
 
 def test_failures_kills_and_starting_again(tmp_path):
     import nbformat
-    cells = read_grid([dict(notebook="train_baseline", method="uce", concept=["Van Gogh", "Snopy"], eval_images=2),
-                       dict(notebook="train_doco", concept="Snoopy", eval_images=2, options="iterations=250, warmup=20, num_images=8, batch_size=2")])
+    cells = read_grid([dict(base_model=small_world(), notebook="train_baseline", method="uce", concept=["Van Gogh", "Snopy"], eval_images=2),
+                       dict(base_model=small_world(), notebook="train_doco", concept="Snoopy", eval_images=2, options="iterations=250, warmup=20, num_images=8, batch_size=2")])
     long_one = tmp_path / folder_name(cells[2])
     killed = []
     def killer():

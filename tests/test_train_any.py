@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, parameters
+from conftest import ROOT, parameters, small_world
 
 from unlearn_wb.diffusion import Denoiser
 from unlearn_wb.registry import METHODS
@@ -15,7 +15,7 @@ SHORT = dict(iterations=4, num_images=8, eval_images=2, batch_size=4)
 
 
 def papermill(notebook, cwd, **values):
-    flags = [x for k, v in values.items() for x in ("-p", k, str(v))]
+    flags = [x for k, v in {"base_model": small_world(), **values}.items() for x in ("-p", k, str(v))]
     return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / f"nbs/{notebook}.ipynb"), "out.ipynb", "--no-progress-bar", *flags], cwd=cwd, capture_output=True, text=True)
 
 
@@ -31,7 +31,7 @@ def test_runs_under_papermill_and_leaves_a_plain_model(notebook, values, tmp_pat
     assert report["method"] in METHODS and report["target_unlearned"]["images"] >= 2
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
-    saved, base, changed = UNet2DConditionModel.from_pretrained(run / "model/unet").state_dict(), Denoiser.load().unet.state_dict(), load_file(run / "model/changed.safetensors")
+    saved, base, changed = UNet2DConditionModel.from_pretrained(run / "model/unet").state_dict(), Denoiser.load(small_world()).unet.state_dict(), load_file(run / "model/changed.safetensors")
     different = {k for k in base if not torch.equal(saved[k], base[k])}
     assert different and different <= set(changed) and all(torch.equal(saved[k], w) for k, w in changed.items())
     assert set(saved) == set(base), "a plain pipeline knows no adapters"

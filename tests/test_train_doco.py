@@ -10,7 +10,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SHORT, parameters
+from conftest import ROOT, SHORT, parameters, small_world
 
 FLAGS = [x for k, v in SHORT.items() for x in ("-p", k, str(v))]
 
@@ -84,7 +84,7 @@ def test_again_takes_a_new_folder_and_loses_nothing(done):
     before = (done / "runs/van-gogh-doco/report.json").read_text()
     from unlearn_wb.workbench import Experiment
     os.chdir(done)
-    second = Experiment(parameters(concept="Van Gogh"))
+    second = Experiment(parameters(concept="Van Gogh", base_model="sandbox"))
     assert second.run.folder.name == "van-gogh-doco-2" and (done / "runs/van-gogh-doco/report.json").read_text() == before
 
 
@@ -99,20 +99,15 @@ def test_an_unmodified_model_saved_and_loaded_paints_the_same_bits(tmp_path):
     assert (paint(base) == paint(again)).all()
 
 
-RUN = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from conftest import parameters
-from unlearn_wb.workbench import Experiment
-e = Experiment(parameters(concept="Van Gogh", run_dir=sys.argv[1], resume=sys.argv[2] == "True"))
-e.train(every=3)
-"""
+def train(folder, resume=False):
+    from unlearn_wb.workbench import Experiment
+    Experiment(parameters(concept="Van Gogh", run_dir=str(folder), resume=resume)).train(every=3)
 
 
-def start(folder, resume=False, **kw):
-    return subprocess.Popen([sys.executable, "-c", RUN.format(tests=str(ROOT / "tests")), str(folder), str(resume)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+def start(folder):
+    "The same in a process of its own, to be killed."
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_train_doco import train; train({str(folder)!r})"
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "SMALL_WORLD": small_world()}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def final(folder):
@@ -131,8 +126,7 @@ def wait_for(path, process, seconds=120):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    p = start(folder)
-    assert p.wait(300) == 0, p.stdout.read()
+    train(folder)
     return final(folder)
 
 
@@ -147,22 +141,24 @@ def kill_at(folder, step):
     p.wait()
 
 
-def resumed(folder):
-    "Resume to the end; what it said."
-    p = start(folder, resume=True)
-    assert p.wait(300) == 0
-    return p.stdout.read()
+@pytest.fixture
+def resumed(capsys):
+    "Resume in this process, to the end; what it said."
+    def go(folder):
+        train(folder, resume=True)
+        return capsys.readouterr().out
+    return go
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_killed_and_resumed_is_bit_identical(tmp_path, whole, step):
+def test_killed_and_resumed_is_bit_identical(tmp_path, whole, resumed, step):
     folder = tmp_path / "run"
     kill_at(folder, step)
     assert not (folder / "checkpoints/step-000012").exists()
     assert "resuming after step" in resumed(folder) and same(final(folder), whole)
 
 
-def test_damaged_newest_checkpoint_is_reported_and_skipped(tmp_path, whole):
+def test_damaged_newest_checkpoint_is_reported_and_skipped(tmp_path, whole, resumed):
     folder = tmp_path / "run"
     kill_at(folder, 9)
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1] / "state.safetensors"
@@ -172,7 +168,7 @@ def test_damaged_newest_checkpoint_is_reported_and_skipped(tmp_path, whole):
     assert "is damaged" in resumed(folder) and same(final(folder), whole)
 
 
-def test_sigterm_finishes_the_step_saves_and_leaves(tmp_path, whole):
+def test_sigterm_finishes_the_step_saves_and_leaves(tmp_path, whole, resumed):
     folder = tmp_path / "run"
     p = start(folder)
     wait_for(folder / "checkpoints/step-000003", p)

@@ -31,6 +31,15 @@ def wait_for(url, seconds=60):
     raise TimeoutError(f"{url} did not answer in {seconds} s")
 
 
+def with_parameters(name, folder, **parameters):
+    "A copy of a notebook in a folder, its parameters changed."
+    nb = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())
+    cell = next(c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
+    cell["source"] = "".join(cell["source"]) + "\n" + "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
+    nb["metadata"]["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    (folder / f"{name}.ipynb").write_text(json.dumps(nb))
+
+
 @pytest.fixture
 def lab(tmp_path):
     "A JupyterLab in a folder of its own, with notebooks whose parameters are changed: lab(name, concept='Snoopy') -> its address."
@@ -42,11 +51,7 @@ def lab(tmp_path):
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=secret", "--allow-root", "--expose-app-in-browser", f"--ServerApp.root_dir={work}"], env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def open_notebook(name, **parameters):
-        nb = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())
-        cell = next(c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
-        cell["source"] = "".join(cell["source"]) + "\n" + "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
-        nb["metadata"]["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        (work / f"{name}.ipynb").write_text(json.dumps(nb))
+        with_parameters(name, work, **parameters)
         wait_for(f"http://127.0.0.1:{port}/api?token=secret")
         return f"http://127.0.0.1:{port}/lab/tree/{name}.ipynb?token=secret&reset"
     open_notebook.folder = work

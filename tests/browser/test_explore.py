@@ -5,6 +5,7 @@ import warnings
 
 import pandas as pd
 import pytest
+from conftest import small_world
 from hands import SHOTS, lab, needs_browser, run_all, shot  # noqa: F401 (fixtures)
 
 pytestmark = needs_browser
@@ -33,7 +34,7 @@ def until(true, seconds, what):
 
 def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, shot):
     page = browser.new_page(viewport=dict(width=1400, height=4200))
-    address = lab("explore", **QUICK)
+    address = lab("explore", base_model=small_world(), **QUICK)
     run_all(page, address)
     page.wait_for_selector("button:has-text('Start')", timeout=120_000)
     page.wait_for_selector("button:has-text('Open report')", timeout=120_000)
@@ -106,8 +107,9 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
         const c = new OffscreenCanvas(i.naturalWidth, i.naturalHeight).getContext('2d'); c.drawImage(i, 0, 0)
         return [...c.getImageData(i.naturalWidth / 2, 0, i.naturalWidth / 2, i.naturalHeight).data].filter((v, k, all) => k % 4 == 2 && v - all[k - 2] > 100).length }"""
     seen = """() => ({pictures: [...document.querySelectorAll('img.widget-image')].map(i => [i.offsetWidth, i.complete, i.naturalWidth, i.naturalHeight]), selected: [...document.querySelector('select[multiple]').selectedOptions].map(o => o.text)})"""
-    told = lambda: f"the trace's blue in the right half of the last picture, where axes and text are black: {page.evaluate(seen)}, {page.inner_text('.jp-Notebook')[-400:]!r}"
+    told = lambda: f"the trace's blue in the right half of the last picture, where axes and text are black: {page.evaluate(blue)} of 200 points, {page.evaluate(seen)}, {page.inner_text('.jp-Notebook')[-400:]!r}"
     if not soon(lambda: page.evaluate(blue) > 200, 20):  # seen twice at the end of a whole suite, never alone: what a person would do, and what there was to see
+        shot(page, "6-first-selection")
         warnings.warn(f"a second selection was needed; at the first, not in 20 s: {told()}")
         page.locator("select[multiple]").select_option([])
         page.locator("select[multiple]").select_option(index=0)
@@ -119,9 +121,9 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
 
 
 def test_the_same_notebook_is_an_app_without_code(browser, tmp_path, shot):
-    import os, shutil, subprocess, sys
-    from hands import ROOT, free_port, wait_for
-    shutil.copy(ROOT / "nbs/explore.ipynb", tmp_path)
+    import os, subprocess, sys
+    from hands import free_port, wait_for, with_parameters
+    with_parameters("explore", tmp_path, base_model=small_world())
     port = free_port()
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "voila", "explore.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT)

@@ -5,6 +5,7 @@
 # %% ../../nbs/methods/anchored.ipynb #c002
 from __future__ import annotations
 import math
+import os
 from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
@@ -253,16 +254,19 @@ class Anchored:
         if self.adversary: self.adversary.load_state(saved)
 
 # %% ../../nbs/methods/anchored.ipynb #c014
-def try_out(make, config, concept: str = "van gogh", steps: int = 40):
+def try_out(make, config, concept: str = "van gogh",
+            steps: int = 0  # 0: 40, or 8 where nbdev_test only asks whether it runs
+           ):
     "Train a method for a few steps on the sandbox. Returns the method, its trace (a DataFrame) and a before/after figure."
     import pandas as pd
     from unlearn_wb.diffusion import default_precision
     from unlearn_wb.loop import unlearn
     from unlearn_wb.plots import show_images
+    steps = steps or (8 if os.environ.get("IN_TEST") else 40)
     model = Denoiser.load("sandbox")
     e = Erasure.find(model, concept)
     fast = dict(precision=default_precision())
-    method = make(model, [e], replace(config, iterations=steps, num_images=16, **fast))
+    method = make(model, [e], replace(config, iterations=steps, num_images=min(steps, 16), **fast))
     trace = pd.DataFrame([step.row() for step in unlearn(method)])
     things = ("a cat", "a house", "a boat", "a tree")
     asked = [f"a painting of {x} in the style of {s}" for s in (concept, e.retained[0]) for x in things] if e.kind == "style" else [f"a photo of {x}{tail}" for x in (concept, e.retained[0]) for tail in ("", " in the snow", " in the desert", " at sunset")]
