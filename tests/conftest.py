@@ -36,7 +36,7 @@ def somewhere_else(tmp_path, monkeypatch):
 
 @functools.cache
 def small_world():
-    "The sandbox with a denoiser of random weights, a twentieth of the work: the base model of tests that do not ask what is painted. A diffusers directory, Van Gogh's reference beside it."
+    "The sandbox with a denoiser of random weights, a tenth of the work: the base model of tests that do not ask what is painted. A diffusers directory, Van Gogh's reference beside it."
     if os.environ.get("SMALL_WORLD"): return os.environ["SMALL_WORLD"]  # another process has made it
     from diffusers import UNet2DConditionModel
     world = Path(tempfile.mkdtemp(prefix="small-world-"))
