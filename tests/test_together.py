@@ -97,7 +97,7 @@ def test_checkpointed_activations_give_the_same_weights(cache):
     assert close(w, p)
 
 
-@pytest.mark.parametrize("name", ["doco", "spm"])
+@pytest.mark.parametrize("name", ["doco", "spm", "mace"])
 def test_a_compiled_denoiser_gives_the_same_weights(name, cache, monkeypatch):
     _, w, _ = run(name, cache)
     compiled, compile = [], torch.nn.Module.compile
@@ -192,7 +192,6 @@ def test_an_adversarys_turn_is_taken_back_when_the_step_runs_out_of_memory(cache
 
 def one_of_two(rank, folder):
     "A process of a run whose second process alone has too little memory."
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     cache, make = Cache(f"{folder}/{rank}"), METHODS["advanchor"].make
     plain = make.retaining_loss
