@@ -34,7 +34,7 @@ def until(true, seconds, what):
 
 def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, shot):
     page = browser.new_page(viewport=dict(width=1400, height=4200))
-    address = lab("explore", base_model=small_world(), **QUICK)
+    address = lab("explore", **QUICK)
     run_all(page, address)
     page.wait_for_selector("button:has-text('Start')", timeout=120_000)
     page.wait_for_selector("button:has-text('Open report')", timeout=120_000)
