@@ -15,6 +15,13 @@ os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches
 torch.set_num_threads(1)  # bits depend on it
 
 
+def pytest_collection_modifyitems(items):
+    "Tests that share something a module makes once stay in one process, so that it is made once."
+    for item in items:
+        scopes = [item._fixtureinfo.name2fixturedefs[n][-1].scope for n in item.fixturenames if n in item._fixtureinfo.name2fixturedefs]
+        if "module" in scopes: item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory):
     from unlearn_wb.docs_site import build
     return build(ROOT / "nbs", tmp_path_factory.mktemp("docs"), report=lambda *_: None)
