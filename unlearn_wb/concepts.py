@@ -125,6 +125,7 @@ class Erasure:
         pool = retain or tuple(n for n in similar if n.lower() not in gone | {anchor.lower(), v.plain})[:related]
         for r in pool:
             if v.closed and r.lower() not in [n.lower() for n in v.names()]: raise _unknown(r, v, role=" to retain")
+            if [x.lower() for x in pool].count(r.lower()) > 1: raise BadConcept(f"'{r}' is named twice to retain; name it once")
             if r.lower() in gone: raise BadConcept(f"'{r}' is both to be forgotten and to be retained; take it out of one of the two")
         linked = tuple(p for p, c in v.links.items() if c.lower() == concept.lower())
         return cls(concept, kind, anchor, tuple(pool), linked, v, similar)
@@ -136,6 +137,7 @@ class Erasure:
         "One for each of the concepts that are forgotten together; none of them is retained for another. Raises `BadConcept`."
         names = [" ".join(n.split()) for n in concepts.split("+")]
         low = [n.lower() for n in names]
+        if "" in low: raise BadConcept(f"the concept{f' before or after a + in {concepts!r}' if len(low) > 1 else ''} is empty; name what to forget, for example 'Van Gogh' or 'Snoopy+Mickey'")
         if len(set(low)) < len(low): raise BadConcept(f"'{concepts}' names a concept twice; name each once")
         inside = next(((a, b) for a in low for b in low if a != b and f" {a} " in f" {b} "), None)
         if inside: raise BadConcept(f"'{inside[0]}' is part of '{inside[1]}'; forget the two in runs of their own, or name '{inside[0]}' alone")
@@ -236,7 +238,7 @@ def check_prompts(model: Denoiser, prompts: list[str], concept: str = "") -> int
         if len(ids) <= model.max_tokens - 2: continue
         cut += 1
         if concept and find(ids, part) and not find(ids[:model.max_tokens - 2], part):
-            raise BadConcept(f"the prompt '{p[:60]}...' has {len(ids)} tokens, of which {model.max_tokens - 2} are read, and '{concept}' is cut off; put it nearer to the front")
+            raise BadConcept(f"the prompt '{p[:60]}...' has {len(ids)} tokens, of which {model.max_tokens - 2} are read, and '{concept}' is cut off; put it nearer to the front, or say it in fewer words")
     return cut
 
 # %% ../nbs/lib/03_concepts.ipynb #c024

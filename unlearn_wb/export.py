@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 # %% auto #0
-__all__ = ['Lora', 'extract_lora', 'licence_of', 'model_card', 'push']
+__all__ = ['Lora', 'extract_lora', 'licence_of', 'model_card', 'check_repo', 'push']
 
 # %% ../nbs/lib/19_export.ipynb #c005
 @dataclass(frozen=True)
@@ -94,6 +94,12 @@ def model_card(out: dict,  # the run's report
                       f"Method: {config['method']}. Base model: {config['base_model']} (weights {config['base_model_hash']}). Licence: {licence or 'that of the base model; its card names none'}.", "",
                       *(["## Scores", "", "| group | concept | shown in | images |", "|---|---|---|---|", *rows, ""] if rows else []), "## Parameters", "", "```json", json.dumps(keep, indent=1, default=str), "```", "",
                       "`changed.safetensors` holds the changed tensors alone; `lora.safetensors`, where it is there, loads onto the base model.", ""])
+
+def check_repo(repo: str):
+    "Raises `ValueError` for a name that no repository of a model hub can have; asks nobody."
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try: validate_repo_id(repo)
+    except HFValidationError as e: raise ValueError(f"push_to_hub = '{repo}' cannot be a repository's name; give user/name, of letters, digits, '-', '_' and '.'") from e
 
 def push(folder: str | Path, repo: str) -> str:
     "Upload a result to a model hub; its address. Needs a login and the network. Raises `ConnectionError` with what would be right."

@@ -11,7 +11,7 @@ from .concepts import Cache, Erasure, nearest_name
 from .diffusion import Denoiser, default_precision, resolve_device, sample
 from .evaluation import Evaluation, Gallery, ask, verdict
 from .launch import check_processes, launch
-from .export import extract_lora, licence_of, model_card, push
+from .export import check_repo, extract_lora, licence_of, model_card, push
 from .loop import Together, unlearn
 from .registry import METHODS
 from .metrics import SandboxJudge, judge_for
@@ -81,6 +81,7 @@ class Experiment:
         device = resolve_device(p["device"], p["precision"])
         check_processes(p.get("num_processes", 1), device)
         check_tracker(p.get("log_with", ""))
+        if p.get("push_to_hub"): check_repo(p["push_to_hub"])
         self.model = Denoiser.load(p["base_model"], device=device)
         retain = tuple(n.strip() for n in p["retain"].split("+") if n.strip())
         self.erasures = Erasure.find_all(self.model, p["concept"], p["anchor"], p["concept_type"], retain)

@@ -153,7 +153,7 @@ class Anchored:
         self.banks = self.make_banks()
         sides = {side: [list(getattr(b, side)) for b in self.banks if len(getattr(b, side))] for side in ("target", "anchor", "retain")}
         target, anchor, retain = ([p for b in sides[side] for p in b] for side in sides)
-        self.cut = sum(check_prompts(model, b.target, e.target) for b, e in zip(self.banks, erasures))
+        self.cut = sum(check_prompts(model, b.target, e.target) + check_prompts(model, b.anchor, e.anchor) for b, e in zip(self.banks, erasures))
         n, paint, wanted = config.num_images, dict(cache=cache, callback=callback, precision=config.precision), config.images
         self.target_states, self.null = text_states(model, target, cache), text_states(model, [""], cache)
         self.data = PromptedLatents(model, sides["anchor"], n, config.seed, **paint) if wanted in ("anchor", "both") or config.keep in ("images", "drift") else None

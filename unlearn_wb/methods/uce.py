@@ -58,7 +58,7 @@ class UCE:
         for e, b in zip(erasures, self.banks):
             targets, anchors = (b.target, b.anchor) if n else ([e.target], [e.anchor])
             if config.anchors == "nothing": anchors = [""] * len(targets)
-            self.cut += check_prompts(model, targets, e.target)
+            self.cut += check_prompts(model, targets, e.target) + check_prompts(model, anchors, e.anchor)
             erased.append(pairs(model, list(targets), list(anchors), e.target, config.tokens))
             for r in e.retained if not n else (): kept.append(embed_each(model, [r])[0, 1:_end(model, r) + 1] if config.tokens == "last" else model.words(embed_each(model, [r]))[0, 1:])
             if n: kept.append(model.words(embed_each(model, list(b.retain) + list(b.anchor)))[:, 1:].flatten(0, 1))
