@@ -371,9 +371,25 @@ def test_comparison_ranks_runs_and_marks_the_front(run, tmp_path):
     (tmp_path / "r2/evaluation").mkdir()
     pd.DataFrame([dict(model="r2", group="retained", concept=c, metric="I", value=v, why="") for c, v in (("y", .3), ("all", .2))]).to_parquet(tmp_path / "r2/evaluation/metrics.parquet")
     said = []
-    t = leaderboard([tmp_path / f"r{k}" for k in range(3)] + [tmp_path / "empty"], said.append)
+    t = leaderboard([tmp_path / f"r{k}" for k in range(3)] + [tmp_path / "empty"], report=said.append)
     assert len(said) == 1 and "empty is left out" in said[0]
     assert t.set_index("run").front.to_dict() == {"r0": False, "r1": False, "r2": True} and ranking(t).index[0] == "r2" and t.set_index("run")["I retained"]["r2"] == .2
+    assert leaderboard([tmp_path / f"r{k}" for k in range(3)], method="M0").set_index("run").front.to_dict() == {"r0": True}, "the front is that of the runs that are shown"
+    with pytest.raises(BadRun, match="no finished run here has method 'esd'; there are m0, m1, m2"): leaderboard([tmp_path / f"r{k}" for k in range(3)], method="esd")
+
+    # a real model has no judge beside it: its runs are compared all the same, with rates once evaluate.ipynb has looked
+    from unlearn_wb.assessment import plot_front
+    from unlearn_wb.plots import UNSEEN, plot_board
+    (tmp_path / "r3").mkdir()
+    for f in ("config.json", "report.json"): (tmp_path / "r3" / f).write_text((tmp_path / "r0" / f).read_text())
+    alone = leaderboard([tmp_path / "r3"], report=said.append)
+    assert "no judge has seen the images of" in said[-1] and alone.minutes[0] == 1 and alone.target.isna()[0] and not alone.front[0]
+    assert plot_board(alone).axes[0].texts[0].get_text() == UNSEEN == plot_front(alone).layout.annotations[0].text
+    (tmp_path / "r3/evaluation").mkdir()
+    pd.read_parquet(tmp_path / "r1/examination.parquet").assign(model="r3").to_parquet(tmp_path / "r3/evaluation/prompts.parquet")
+    same = leaderboard([tmp_path / "r1", tmp_path / "r3"])
+    assert same.front.all() and (same.target == 100).all() and (same.retained == 100).all()
+    (tmp_path / "r3/evaluation/prompts.parquet").unlink()
     p = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs/compare.ipynb"), "out.ipynb", "--no-progress-bar", "-p", "runs", str(tmp_path / "r*"), "-p", "out_dir", "board"], cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-2000:]
     assert {f.name for f in (tmp_path / "board").iterdir()} == {"leaderboard.csv", "leaderboard.md", "leaderboard.tex"}

@@ -228,14 +228,17 @@ def find_runs(text: str) -> list[str]:
     for what in (w.strip() for w in text.split(",") if w.strip()): out += [f for f in sorted(glob.glob(what)) if (Path(f) / "config.json").exists()] if any(ch in what for ch in "*?[") else [str(local_copy(what))]
     return list(dict.fromkeys(out))
 
-def leaderboard(folders: list[str | Path], report=print):
-    "One row a run folder: concept, method, rates of its examination, minutes of training. Folders without a finished examination are named and left out. A DataFrame."
+def leaderboard(folders: list[str | Path],
+                concept: str = "", method: str = "",  # only runs of these; "" for all
+                report=print):
+    "One row a run folder: concept, method, rates of the images that a judge has seen (its examination's, or evaluate.ipynb's where no judge lies beside the model), minutes of training. Folders without a finished run are named and left out. A DataFrame."
     import pandas as pd
     out = []
     for folder in map(Path, folders):
-        try: config, rep, seen = json.loads((folder / "config.json").read_text()), json.loads((folder / "report.json").read_text()), pd.read_parquet(folder / "examination.parquet")
-        except (OSError, ValueError) as e: report(f"{folder} is left out: {type(e).__name__}, no finished examination ({Path(getattr(e, 'filename', '') or 'report.json').name})"); continue
-        mine, row = seen[(seen.model == "unlearned") & seen.hit.notna()], dict(run=folder.name, concept=config["concept"], method=config["method"], seed=config.get("seed"), minutes=rep["seconds_training"] / 60)
+        try: config, rep, mine = json.loads((folder / "config.json").read_text()), json.loads((folder / "report.json").read_text()), _judged(folder)
+        except (OSError, ValueError) as e: report(f"{folder} is left out: {type(e).__name__}, no finished run ({Path(getattr(e, 'filename', '') or 'report.json').name})"); continue
+        row = dict(run=folder.name, concept=config["concept"], method=config["method"], seed=config.get("seed"), minutes=rep["seconds_training"] / 60) | {f"{g}{x}": float("nan") for g in ("target", "retained") for x in ("", " low", " high")}
+        if not len(mine): report(f"no judge has seen the images of {folder}: evaluate it (nbs/evaluate.ipynb) to have its rates")
         for g in ("target", "linked", "retained", "other"):
             part = mine[mine.group == g]
             k, n = int(part.hit.sum()), len(part)
@@ -245,10 +248,22 @@ def leaderboard(folders: list[str | Path], report=print):
         out.append(row | _evaluated(folder) | dict(folder=str(folder)))
     if not out: raise BadRun(f"no finished run among {len(folders)} folders; give run folders, such as runs/demo")
     table = pd.DataFrame(out)
-    table["front"] = pareto(100 - table.target, table.retained)
+    for k, v in (("concept", concept), ("method", method)):
+        there, table = sorted(set(table[k])), table[table[k].str.lower() == v.lower()] if v else table
+        if not len(table): raise BadRun(f"no finished run here has {k} '{v}'; there are {', '.join(there)}")
+    table = table.assign(front=pareto(100 - table.target, table.retained))
     return table.sort_values(["front", "retained"], ascending=False, ignore_index=True)
 
 EVALUATED = {"CS target": ("CS", "target", False), "I retained": ("I", "retained", False), "FID retained": ("FID", "retained", False), "AS gap retained": ("AS gap", "retained", True)}  # column -> metric, group, is higher better
+
+def _judged(folder: Path):
+    "What a judge says of each of a run's images: a DataFrame with group, concept and hit; empty where none has looked."
+    import pandas as pd
+    for file, model in (("examination.parquet", "unlearned"), ("evaluation/prompts.parquet", called(folder.name))):
+        if not (folder / file).exists(): continue
+        seen = pd.read_parquet(folder / file)
+        if "hit" in seen and len(mine := seen[(seen.model == model) & seen.hit.notna()]): return mine
+    return pd.DataFrame({"group": [], "concept": [], "hit": []})
 
 def _evaluated(folder: Path) -> dict:
     "What evaluate.ipynb left in the run's folder, where it did."
@@ -261,9 +276,9 @@ def _evaluated(folder: Path) -> dict:
     return {c: float(v.iloc[0]) for c, (metric, group, _) in EVALUATED.items() if len(v := pick(metric, group))}
 
 def pareto(a, b) -> list[bool]:
-    "Which points no other point beats in both (higher is better)."
+    "Which points no other point beats in both (higher is better); one that lacks a number is none of them."
     points = list(zip(a, b))
-    return [not any((x >= p and y >= q) and (x > p or y > q) for x, y in points) for p, q in points]
+    return [p == p and q == q and not any((x >= p and y >= q) and (x > p or y > q) for x, y in points) for p, q in points]
 
 def ranking(table):
     "Rank of each run in each metric (1 is best; equal values share), and the mean rank. A DataFrame."
@@ -275,8 +290,8 @@ def ranking(table):
 def plot_front(table, figure=None):
     "Forgetting against retention with intervals, the Pareto front joined; hovering shows the run. A plotly figure."
     import plotly.graph_objects as go
-    from unlearn_wb.plots import CYCLE, MARKERS
-    fig = (figure or go.Figure)()
+    from unlearn_wb.plots import CYCLE, MARKERS, UNSEEN
+    fig, table = (figure or go.Figure)(), table.dropna(subset=["target", "retained"])
     for k, (method, part) in enumerate(table.groupby("method", sort=False)):
         f = 100 - part.target
         fig.add_trace(go.Scatter(x=f, y=part.retained, mode="markers", name=method, marker=dict(size=11, color=CYCLE[k % len(CYCLE)], symbol=MARKERS[k % len(MARKERS)]),
@@ -284,7 +299,8 @@ def plot_front(table, figure=None):
                                  customdata=part[["run", "concept", "minutes", "folder"]], hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<br>forgotten %{x:.0f} %, retained %{y:.0f} %<br>%{customdata[2]:.1f} min<br>%{customdata[3]}/images<extra></extra>"))
     front = table[table.front].sort_values("target")
     fig.add_trace(go.Scatter(x=100 - front.target, y=front.retained, mode="lines", name="Pareto front", line=dict(color="#777777", dash="dot"), hoverinfo="skip"))
-    fig.update_layout(xaxis_title="target forgotten (% of its images)", yaxis_title="retained concepts kept (%)", xaxis_range=[-3, 103], yaxis_range=[min(60, table.retained.min() - 5), 102], height=460, margin=dict(l=50, r=10, t=20, b=40))
+    fig.update_layout(xaxis_title="target forgotten (% of its images)", yaxis_title="retained concepts kept (%)", xaxis_range=[-3, 103], yaxis_range=[min([60, *(table.retained - 5)]), 102], height=460, margin=dict(l=50, r=10, t=20, b=40))
+    if not len(table): fig.add_annotation(text=UNSEEN, showarrow=False, xref="paper", yref="paper", x=.5, y=.5)
     return fig
 
 def board_table(table):

@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 from .metrics import wilson
 
 # %% auto #0
-__all__ = ['COLOURS', 'CYCLE', 'MARKERS', 'show_images', 'plot_similarity', 'turned', 'plot_discriminator', 'plot_angles',
-           'plot_losses', 'plot_logits', 'plot_rates', 'plot_linked', 'plot_methods', 'plot_board', 'short_layer',
-           'plot_layers', 'plot_patches', 'plot_embedding', 'plot_traces', 'live_figure', 'update_live']
+__all__ = ['COLOURS', 'CYCLE', 'MARKERS', 'UNSEEN', 'show_images', 'plot_similarity', 'turned', 'plot_discriminator',
+           'plot_angles', 'plot_losses', 'plot_logits', 'plot_rates', 'plot_linked', 'plot_methods', 'plot_board',
+           'short_layer', 'plot_layers', 'plot_patches', 'plot_embedding', 'plot_traces', 'live_figure', 'update_live']
 
 # %% ../nbs/lib/11_plots.ipynb #c005
 COLOURS = {"u": "#d55e00", "r": "#0072b2", "d": "#009e73", "anchor": "#0072b2", "target": "#d55e00", "grey": "#777777",
@@ -185,9 +185,12 @@ def plot_methods(table, ax=None):
     ax.grid(axis="x", alpha=.3); ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=3, bbox_to_anchor=(.5, 1))
     return ax.figure
 
+UNSEEN = "no judge has seen these runs' images: evaluate them first"
+
 def plot_board(table, ax=None):
     "Forgetting against retention of many runs, with 95 % intervals and the Pareto front; the static twin of `assessment.plot_front`."
-    ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
+    ax, table = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1], table.dropna(subset=["target", "retained"])
+    if not len(table): ax.text(.5, .5, UNSEEN, ha="center", transform=ax.transAxes)
     for k, (method, part) in enumerate(table.groupby("method", sort=False)):
         ax.errorbar(100 - part.target, part.retained, xerr=[part["target high"] - part.target, part.target - part["target low"]], yerr=[part.retained - part["retained low"], part["retained high"] - part.retained],
                     fmt="osD^vPX*"[k % 8], c=CYCLE[k % len(CYCLE)], ms=7, lw=.8, capsize=2, label=method)

@@ -26,17 +26,20 @@ def read_grid(grid,  # a path of a .yaml, .yml or .csv file, YAML text, a mappin
             if not path.exists(): raise BadParameter(f"grid '{path}' does not exist; give a YAML or CSV file, or the YAML itself")
             if path.suffix == ".csv":
                 import pandas as pd
-                grid = [{k: v for k, v in row.items() if v is not None} for row in pd.read_csv(path).convert_dtypes().to_dict("records")]
+                try: rows = pd.read_csv(path, index_col=False).dropna(how="all")
+                except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise BadParameter(f"grid '{path}' is not a readable CSV: {' '.join(str(e).split())}") from e
+                grid = [{k: v for k, v in row.items() if v is not None} for row in rows.convert_dtypes().to_dict("records")]
             else: grid = path.read_text()
         if isinstance(grid, str):
             import yaml
             try: grid = yaml.safe_load(grid)
             except yaml.YAMLError as e: raise BadParameter(f"the grid is not YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(grid, (dict, list)) or not grid: raise BadParameter(f"the grid is {type(grid).__name__}; a mapping of parameters to values, or a list of such, is needed")
+    if not isinstance(grid, (dict, list)) or not grid: raise BadParameter(f"the grid is {type(grid).__name__ if grid else 'empty'}; a mapping of parameters to values, or a list of such, is needed")
     cells = []
     for one in grid if isinstance(grid, list) else [grid]:
         if not isinstance(one, dict): raise BadParameter(f"'{one}' in the grid is no mapping of parameters to values")
         lists = {k: v if isinstance(v, list) else [v] for k, v in one.items()}
+        if none := next((k for k, v in lists.items() if not v), None): raise BadParameter(f"{none} in the grid is an empty list; give it a value, or leave it out")
         cells += [dict(zip(lists, values)) for values in product(*lists.values())]
     return list({folder_name(c): c for c in ({"notebook": notebook} | c for c in cells)}.values())
 
