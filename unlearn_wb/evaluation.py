@@ -216,8 +216,8 @@ def show_table(wide, long=None):
             text.loc[m, c] = "—" if t is None or t.why else f"{number(t.value)}<br><small>[{number(t.low)}, {number(t.high)}]</small>"
             if t is not None and not t.why: counts.setdefault(t.n, set()).add(c[:2])
     by = {t.metric: t.by for t in long.itertuples() if not t.why}
-    say = "; ".join(f"{m} by {b}" for m, b in by.items()) + ". Images behind a number: " + ", ".join(f"{n} ({', '.join(sorted({g for g, _ in w}))})" for n, w in sorted(counts.items()))
-    return text.style.apply(mark, axis=None).set_caption(say + ". In brackets the 95 % interval.")
+    say = "; ".join(f"{m} by {b}" for m, b in by.items()) + ". Images behind a number: " + ", ".join(f"{n} ({', '.join(sorted({g for g, _ in w}))})" for n, w in sorted(counts.items())) + ". In brackets the 95 % interval."
+    return text.style.apply(mark, axis=None).set_caption(say if by else "No metric could be computed: nothing that scores images was found.")
 
 def markdown_table(wide) -> str:
     "The table in Markdown."
