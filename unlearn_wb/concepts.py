@@ -137,7 +137,7 @@ class Erasure:
         "One for each of the concepts that are forgotten together; none of them is retained for another. Raises `BadConcept`."
         names = [" ".join(n.split()) for n in concepts.split("+")]
         low = [n.lower() for n in names]
-        if "" in low: raise BadConcept(f"the concept{f' before or after a + in {concepts!r}' if len(low) > 1 else ''} is empty; name what to forget, for example 'Van Gogh' or 'Snoopy+Mickey'")
+        if len(low) > 1 and "" in low: raise BadConcept(f"the concept before or after a + in '{concepts}' is empty; name both, for example 'Snoopy+Mickey'")
         if len(set(low)) < len(low): raise BadConcept(f"'{concepts}' names a concept twice; name each once")
         inside = next(((a, b) for a in low for b in low if a != b and f" {a} " in f" {b} "), None)
         if inside: raise BadConcept(f"'{inside[0]}' is part of '{inside[1]}'; forget the two in runs of their own, or name '{inside[0]}' alone")
