@@ -84,6 +84,24 @@ def test_the_anchor_side_is_the_frozen_original_also_after_steps():
     torch.testing.assert_close(method.anchor_view(b).double(), want, rtol=1e-3, atol=1e-3)
 
 
+def test_a_frozen_anchor_is_looked_at_before_the_step_and_a_moving_one_after_it(monkeypatch):
+    "On a GPU the first look fills the time in which the step's numbers are read; it changes nothing."
+    def steps(side, early=True):
+        order, method = [], make(iterations=3, warmup=0, anchor_side=side)
+        if not early: method.meanwhile = lambda *parts: None
+        look = method.anchor_view
+        monkeypatch.setattr(method, "anchor_view", lambda b: order.append("look") or look(b))
+        trainer = Trainer(method)
+        update = trainer.optimizer.step
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: order.append("step") or update())
+        rows = [s.values for s in trainer]
+        return order, [{k: v for k, v in r.items() if k != "seconds"} for r in rows], [p.detach() for p in (*method.params.values(), *method.D.parameters())]
+    order, rows, weights = steps("frozen")
+    assert order == ["look", "step"] * 3 and steps("moving")[0] == ["step", "look"] * 3
+    late, same, equal = steps("frozen", early=False)
+    assert late == ["step", "look"] * 3 and rows == same and all(torch.equal(a, b) for a, b in zip(weights, equal))
+
+
 def test_warm_up_moves_only_the_discriminator():
     method = make(iterations=4, warmup=3)
     trainer = Trainer(method)

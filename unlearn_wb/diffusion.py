@@ -205,9 +205,11 @@ class Denoiser:
     @property
     def parts(self) -> list: return [p for p in (self.unet, self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3) if p is not None]
     @property
-    def device(self): return self.unet.device
+    def _first(self): return next(self.unet.parameters())  # diffusers' own `device` and `dtype` walk through all modules each time (2 ms of a U-Net's)
     @property
-    def dtype(self): return self._dtype or self.unet.dtype
+    def device(self): return self._first.device
+    @property
+    def dtype(self): return self._dtype or self._first.dtype
     @property
     def latent_shape(self): return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
     @property
@@ -246,7 +248,7 @@ class Denoiser:
         "Within this block the denoiser's frozen layers hold their weights as `autocast` of that precision rounds them, so that it need not at every use: the same results, less memory on a GPU (what was rounded away waits in the CPU's memory), fewer kernels. Of a compiled denoiser the convolutions' weights lie channels last, as its kernels read them. For blocks that compute in that precision alone."
         kind, before = HALVES.get(precision), {}
         frozen = {w for m in self.unet.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and not getattr(m, "adapted", False) for w in m.parameters(recurse=False) if not w.requires_grad} if kind else ()
-        self._dtype = self.unet.dtype
+        self._dtype = self._first.dtype
         try:
             for w in frozen:
                 layout = torch.channels_last if self.compiled and w.ndim == 4 else torch.preserve_format

@@ -7,14 +7,15 @@ from __future__ import annotations
 import math, time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Iterator, Protocol
+from typing import Callable, Iterator, Protocol
 import torch
 from torch import nn
 from .scopes import choose
-from .surgery import Combiner
+from .surgery import Combiner, products
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'FullElsewhere', 'Together', 'Gradients', 'numbers', 'Trainer', 'unlearn']
+__all__ = ['SCHEDULES', 'Step', 'GradientMethod', 'FullElsewhere', 'Together', 'Gradients', 'numbers', 'fetch', 'Trainer',
+           'unlearn']
 
 # %% ../nbs/lib/07_loop.ipynb #c005
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class GradientMethod(Protocol):
     def undo(self): "Take back what `before` did: the step is done again in smaller pieces."
     def unlearning_loss(self, batch) -> torch.Tensor: "L_u, with its graph."
     def retaining_loss(self, batch) -> torch.Tensor | None: "L_r, with its graph; None when the method has none."
+    def meanwhile(self, *parts): "What of `after` needs nothing of the step: a GPU computes it while the step's numbers are read and its kernels are sent."
     def after(self, *parts) -> dict: "What follows the step (a discriminator's turn, an EMA); what it measured."
     def warm_up(self, *parts) -> dict: "A step that moves no weights of the denoiser."
     def pieces_of(self, batch, pieces: int) -> list: "The batch in equal pieces; only asked for where there are several."
@@ -100,6 +102,13 @@ def numbers(values: dict) -> dict:
     there = {k: v for k, v in values.items() if torch.is_tensor(v)}
     if not there: return values
     return values | dict(zip(there, torch.stack([v.detach().double().reshape(()) for v in there.values()]).tolist()))
+
+def fetch(t: torch.Tensor) -> Callable[[], torch.Tensor]:
+    "Begin to copy a tensor to the CPU's memory; what is returned waits for it, not for what the device was given since."
+    if t.device.type != "cuda": return lambda: t
+    here, there = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True), torch.cuda.Event()
+    there.record()
+    return lambda: there.synchronize() or here
 
 SCHEDULES = {  # share of the run that is over, 0 to 1 -> factor of the learning rate
     "constant": lambda x: 1.,
@@ -200,7 +209,9 @@ class Trainer:
             self.scale /= 2
             if self.scale <= 1: raise FloatingPointError(f"the gradient is not finite at step {self.step + 1}, however small the losses are scaled; use precision bf16 or fp32")
             return values | {"overflow": self.scale, "lr": self.controls["lr"]} | m.after(*parts)
-        stats = (replace(self.combiner, keep_angles=True) if self.watch_layers else self.combiner)(g.views["u"], g.views["r"])
+        table = fetch(products(g.views["u"], g.views["r"]))
+        m.meanwhile(*parts)
+        stats = (replace(self.combiner, keep_angles=True) if self.watch_layers else self.combiner)(g.views["u"], g.views["r"], table())
         if stats.angles: self.layers.append((self.step + 1, stats.angles))
         norm = nn.utils.clip_grad_norm_(self.params, m.clip if m.clip else math.inf)  # once, after the projection
         lr = self.controls["lr"] * self.schedule((self.step - m.warmup) / max(1, self.total - m.warmup))

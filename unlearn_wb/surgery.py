@@ -34,7 +34,7 @@ def products(u: list[torch.Tensor], r: list[torch.Tensor]) -> torch.Tensor:  # (
     rows = [(torch.dot(a.flatten(), b.flatten()), torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)) for a, b in zip(u, r)]
     table = torch.stack([torch.stack(row) for row in rows], 1).double()
     table[1:].square_()
-    return table.cpu()  # the only wait for the device in a step
+    return table
 
 # %% ../nbs/lib/05_surgery.ipynb #c014
 def _sum(dot, uu, rr, lam, weight, clip): return 1., weight
@@ -63,10 +63,11 @@ class Combiner:
 
     @torch.no_grad()
     def __call__(self, u: list[torch.Tensor],  # Gu, one tensor a parameter; holds the step's gradient afterwards
-                 r: list[torch.Tensor]  # Gr, the same shapes; unchanged
+                 r: list[torch.Tensor],  # Gr, the same shapes; unchanged
+                 table: torch.Tensor | None = None  # their `products`, where they were computed before
                 ) -> Stats:
         "Combine in place. Raises `FloatingPointError` when a gradient is not finite."
-        table = products(u, r)
+        table = (products(u, r) if table is None else table).cpu()  # what a GPU is waited for
         dot, uu, rr = table.sum(1).tolist()
         if not math.isfinite(dot + uu + rr): raise FloatingPointError(f"a gradient is not finite: |Gu|^2 = {uu}, |Gr|^2 = {rr}; lower lr, or use precision fp32")
         angles = tuple(_angle(*col) for col in table.T.tolist()) if self.keep_angles else ()

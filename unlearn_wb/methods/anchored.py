@@ -119,6 +119,7 @@ class Noised:
     x_t: torch.Tensor; eps: torch.Tensor; t: torch.Tensor; c: torch.Tensor
     other: torch.Tensor | None = None  # text states of the anchor, where c is the target's
     z: torch.Tensor | None = None  # what D saw of the target side
+    anchor: torch.Tensor | None = None  # and of the anchor's
     which: torch.Tensor | None = None  # number of each prompt in its bank
 
 # %% ../../nbs/methods/anchored.ipynb #c012
@@ -248,6 +249,7 @@ class Anchored:
         if self.adversary: self.adversary.undo()
 
     def nothing(self, b: Noised) -> torch.Tensor: return self.null.expand(len(b.t), -1, -1)
+    def meanwhile(self, *parts): pass
     def after(self, *parts) -> dict: return {}
     def state(self) -> dict[str, torch.Tensor]: return self.adversary.state() if self.adversary else {}
     def load_state(self, saved: dict[str, torch.Tensor]):

@@ -91,12 +91,17 @@ class DoCo(Anchored):
         "z of the anchor side."
         return self.see(b, self.eps(b, b.other, original=True) if self.config.anchor_side == "frozen" else self.eps(b, b.other))
 
+    def meanwhile(self, *parts):
+        "D's look at a frozen anchor, which no step changes."
+        if self.config.anchor_side == "frozen":
+            for b, _ in parts: b.anchor = self.anchor_view(b)
+
     def after(self, *parts) -> dict:
         "D's turn, on what it was just shown and the anchor's counterpart."
         share, seen = 1 / (len(parts) * self.together.size), torch.zeros(4, dtype=torch.float64, device=self.model.device)
         self.d_optimizer.zero_grad(set_to_none=False)
         for b, _ in parts:
-            anchor, target = self.score(self.anchor_view(b), b), self.score(b.z, b)
+            anchor, target = self.score(self.anchor_view(b) if b.anchor is None else b.anchor, b), self.score(b.z, b)
             loss = self.d_loss(anchor, target)
             (share * loss).backward()
             seen += share * torch.stack([loss.detach(), accuracy(anchor, target), anchor.detach().mean(), target.detach().mean()])
