@@ -1,6 +1,7 @@
 # The two commands of the README, and the habits of a developer. `make help` lists them.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 READY := .venv/.ready
 DEMO := runs/demo
 
@@ -13,8 +14,8 @@ help:  ## this list
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; say make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@echo 'installing into .venv, which takes some minutes'
+	@$(PIP) -c constraints.txt torch && $(PIP) -c constraints.txt -e '.[dev]' || { echo "constraints.txt asks for a version that is not to be had (above); taking the newest ones that settings.ini allows, which nobody has tested together"; $(PIP) -e '.[dev]'; }
 	@$(BIN)/python -m compileall -q -j 0 .venv >/dev/null || true  # on all cores, pip on one; some packages bring templates that are no Python
 	@touch $(READY)
 
