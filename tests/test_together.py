@@ -97,14 +97,16 @@ def test_checkpointed_activations_give_the_same_weights(cache):
     assert close(w, p)
 
 
-@pytest.mark.parametrize("name", ["doco", "spm", "mace"])
-def test_a_compiled_denoiser_gives_the_same_weights(name, cache, monkeypatch):
+@pytest.mark.parametrize("name, forms", [("doco", 2), ("spm", 3), ("mace", 2)])  # forms: with a graph and without; spm's sampling passes hold twice as many images
+def test_a_compiled_denoiser_gives_the_same_weights_and_is_translated_once_a_form(name, forms, cache, monkeypatch):
     _, w, _ = run(name, cache)
+    torch._dynamo.utils.counters.clear()
     compiled, compile = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or compile(self, backend="eager"))  # traced as always, not translated: that takes minutes
     _, p, _ = run(name, cache, compile=True)
     torch._dynamo.reset()
     assert compiled and close(w, p)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == forms
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if hasattr(m.make, "couples")])
@@ -135,6 +137,20 @@ def test_a_compiled_denoisers_convolutions_lie_channels_last_while_it_trains_in_
     with model.halved("fp32"): assert w.data_ptr() == before.data_ptr()
     with model.halved("bf16"): assert w.dtype == torch.bfloat16 and last() and torch.equal(w, before.bfloat16())
     assert w.data_ptr() == before.data_ptr() and w.dtype == torch.float32 and not last()
+
+
+def test_original_and_moving_weights_are_not_mixed_up_in_one_autocast(cache):
+    "Autocast keeps the rounded copy of a weight that takes a gradient until its block ends."
+    trainer = prepared("conabl", cache)
+    for step in trainer: pass
+    m = trainer.method
+    (b, _), seen = m.batch(0), lambda: m.model.eps(b.x_t, b.t, b.c)
+    def original():
+        with m.moved.original(): return seen()
+    with m.model.autocast("bf16"): mine = seen()
+    with m.model.autocast("bf16"): theirs = original()
+    with m.model.autocast("bf16"): assert torch.equal(seen(), mine) and torch.equal(original(), theirs) and torch.equal(seen(), mine)
+    assert not torch.equal(mine, theirs)
 
 
 def test_a_run_left_in_the_middle_has_its_frozen_weights_back(cache):

@@ -251,18 +251,23 @@ def token_spans(model: Denoiser, prompt: str, concept: str) -> list[list[int]]:
 
 # %% ../nbs/lib/03_concepts.ipynb #c027
 class Cache:
-    "Tensors on disk under a key. A file is written whole or not at all."
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    "Tensors under a key, on disk, where a file is written whole or not at all, or in memory."
+    def __init__(self, folder: str | Path | None = None):  # None: in memory, for as long as the cache lives
+        self.folder, self.kept = folder and Path(folder), {}
 
-    def where(self, key) -> Path: return self.folder / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".safetensors")
+    def name(self, key) -> str: return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".safetensors"
+
+    def has(self, key) -> bool: return (self.folder / self.name(key)).exists() if self.folder else self.name(key) in self.kept
 
     def get(self, key,  # anything JSON can write; the same key, the same tensors
             make  # called when nothing is stored: returns a dict of tensors
            ) -> dict[str, torch.Tensor]:
         "The stored tensors, made now if they are not there yet."
         from safetensors.torch import load_file, save_file
-        path = self.where(key)
+        if not self.folder:
+            if not self.has(key): self.kept[self.name(key)] = {k: v.detach().cpu() for k, v in make().items()}
+            return {k: v.clone() for k, v in self.kept[self.name(key)].items()}
+        path = self.folder / self.name(key)
         if path.exists():
             try: return load_file(path)
             except Exception: path.unlink()  # damaged: make it again

@@ -16,7 +16,7 @@ import unlearn_wb
 __all__ = ['HALVES', 'PRECISIONS', 'DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev',
            'BadModel', 'default_precision', 'resolve_device', 'resolve_model', 'quiet_loading', 'why_not_loaded',
            'need_cross_attention', 'Denoiser', 'denoise', 'starting_noise', 'sample', 'embed_each', 'FlowDenoiser',
-           'attention_maps']
+           'KeepMap', 'attention_maps']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -148,7 +148,7 @@ def need_cross_attention(model, who: str):
 class Denoiser:
     "A Stable Diffusion pipeline as the function eps(x_t, t, c): this class and its child alone know the pipeline's own interface."
     part = "unet"  # the pipeline's name of the denoising network
-    compiled, _dtype = False, None
+    compiled, _dtype, keepers = False, None, None
     cross_attention = True  # words enter by cross-attention, whose keys and values are functions of the text states alone
     def __init__(self, pipe,  # a diffusers `StableDiffusionPipeline`
                  name: str = "",  # what to call it
@@ -281,12 +281,12 @@ class Denoiser:
             c: torch.Tensor  # text states (B,L,D), from `embed`
            ) -> torch.Tensor:  # (B,C,H,W) float32
         "Predicted noise, whatever the network itself predicts."
-        c, more = c.to(self.dtype), {}
+        t, c, more = t.expand(len(x_t)).contiguous(), c.to(self.dtype).contiguous(), {}  # laid out alike whoever asks: torch.compile translates once for each layout it meets
         if self.text_encoder_2 is not None:
             sizes = torch.tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size], dtype=self.dtype, device=c.device)  # original, crop, target
             c, more = c[:, :-1], {"added_cond_kwargs": {"text_embeds": c[:, -1, :self.text_encoder_2.config.projection_dim], "time_ids": sizes.expand(len(c), -1)}}
         out = self.unet(x_t.to(self.dtype), t, c, **more).sample.float()
-        return out if self.predicts == "epsilon" else eps_from_v(x_t, out, self.abar[t].expand(len(x_t)))
+        return out if self.predicts == "epsilon" else eps_from_v(x_t, out, self.abar[t])
 
     def tokens(self, prompts: list[str], tokenizer=None) -> torch.Tensor:  # (B,L)
         "Token numbers, padded and cut at the tokenizer's limit."
@@ -394,7 +394,7 @@ class FlowDenoiser(Denoiser):
 
     def eps(self, x_t: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         "Predicted noise; see `Denoiser.eps`."
-        t, c = t.expand(len(x_t)), c.to(self.dtype)
+        t, c = t.expand(len(x_t)).contiguous(), c.to(self.dtype).contiguous()
         y, wide = x_t * _wide(self.scale[t], x_t), _wide(self.sigma[t], x_t)
         v = self.unet(y.to(self.dtype), timestep=self.sigma[t] * self.pipe.scheduler.config.num_train_timesteps, encoder_hidden_states=c[:, :-1], pooled_projections=c[:, -1, :self.unet.config.pooled_projection_dim]).sample
         return y.float() + (1 - wide) * v.float()
@@ -413,20 +413,25 @@ class FlowDenoiser(Denoiser):
         return self.text_encoder_3(ids.to(self.device))[0]
 
 # %% ../nbs/lib/01_diffusion.ipynb #c037
+class KeepMap:
+    "A cross-attention that notes its probabilities in `maps`."
+    def __init__(self, name: str): self.name, self.maps = name, {}
+    def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None, **kw):
+        split = lambda v: v.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, d)
+        q, k, v = split(attn.to_q(x)), split(attn.to_k(encoder_hidden_states)), split(attn.to_v(encoder_hidden_states))
+        p = ((q @ k.transpose(-1, -2)).float() * attn.scale).softmax(-1)
+        self.maps[self.name] = p
+        return attn.to_out[1](attn.to_out[0]((p.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
+
 @contextmanager
 def attention_maps(model: Denoiser):
     "Within this block every call of the denoiser fills the yielded dict: layer -> cross-attention probabilities (B, heads, places, tokens), with their graph."
-    from diffusers.models.attention_processor import AttnProcessor
     need_cross_attention(model, "a map of words to places")
     maps, before = {}, model.unet.attn_processors
-    class Keep(AttnProcessor):
-        def __init__(self, name): super().__init__(); self.name = name
-        def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None, **kw):
-            split = lambda v: v.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, d)
-            q, k, v = split(attn.to_q(x)), split(attn.to_k(encoder_hidden_states)), split(attn.to_v(encoder_hidden_states))
-            p = ((q @ k.transpose(-1, -2)).float() * attn.scale).softmax(-1)
-            maps[self.name] = p
-            return attn.to_out[1](attn.to_out[0]((p.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
-    model.unet.set_attn_processor({k: Keep(k.removesuffix(".processor")) if ".attn2." in k else p for k, p in before.items()})
+    if not model.keepers: model.keepers = {k: KeepMap(k.removesuffix(".processor")) for k in before if ".attn2." in k}  # the same ones every time: with others torch.compile would translate the denoiser again
+    def note(maps):
+        for keeper in model.keepers.values(): keeper.maps = maps
+    note(maps)
+    model.unet.set_attn_processor(before | model.keepers)
     try: yield maps
-    finally: model.unet.set_attn_processor(before)
+    finally: model.unet.set_attn_processor(before), note({})

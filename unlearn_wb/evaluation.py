@@ -305,7 +305,7 @@ class Evaluation:
     def paint_in(self, n: int, what: dict, folder: Path, progress):
         "Let n processes paint what the cache lacks; see `launch` for `what`."
         units = self._units()
-        total, painted = sum(len(part) for _, part in units), lambda: sum(len(part) for g, part in units if g.cache.where(g.where(part)).exists())
+        total, painted = sum(len(part) for _, part in units), lambda: sum(len(part) for g, part in units if g.cache.has(g.where(part)))
         if n == 1 or painted() == total: return
         bar = progress(f"painting in {n} processes")
         launch(what, folder, n, lambda: bar(min(painted(), total - 1), total))

@@ -109,11 +109,15 @@ class Moved:
     def wearing(self, weights: dict[str, torch.Tensor], grad: bool = False):
         "Within this block the UNet has these weights; no gradient is recorded unless asked for (then towards its inputs alone)."
         now = {k: (p.data, p.requires_grad) for k, p in self.params.items()}
-        for k, p in self.params.items(): p.data = weights[k]; p.requires_grad_(False)
+        def wear(weights: dict):  # name -> (values, whether a gradient is recorded)
+            for k, p in self.params.items():
+                p.data = weights[k][0]
+                if grad: p.requires_grad_(weights[k][1])  # where nothing is recorded it stays as it was: to torch.compile it would be another denoiser
+            torch.clear_autocast_cache()  # holds the values before
+        wear({k: (weights[k], False) for k in self.params})
         try:
             with torch.set_grad_enabled(grad): yield self.unet
-        finally:
-            for k, p in self.params.items(): p.data = now[k][0]; p.requires_grad_(now[k][1])
+        finally: wear(now)
 
     def original(self, grad: bool = False):
         "Within this block the UNet is the frozen original."

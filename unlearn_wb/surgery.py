@@ -31,8 +31,8 @@ def _angle(dot, uu, rr):
 @torch.no_grad()
 def products(u: list[torch.Tensor], r: list[torch.Tensor]) -> torch.Tensor:  # (3, n) float64: u.r, u.u, r.r per tensor
     "The three inner products of each pair of tensors."
-    rows = [(torch.dot(a.flatten(), b.flatten()), torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)) for a, b in zip(u, r)]
-    table = torch.stack([torch.stack(row) for row in rows], 1).double()
+    dots = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(u, r)]
+    table = torch.stack([*dots, *torch._foreach_norm(u), *torch._foreach_norm(r)]).view(3, -1).double()
     table[1:].square_()
     return table
 
