@@ -26,7 +26,7 @@ demo: $(READY)  ## forget "Van Gogh" on the built-in sandbox: a verdict and an H
 
 test: $(READY)  ## notebooks' own checks, then what crosses rooms
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 app: $(READY)  ## the explorer as a page without code, on http://127.0.0.1:8866
 	$(BIN)/voila nbs/explore.ipynb --no-browser --port=8866 --Voila.ip=127.0.0.1

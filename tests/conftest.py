@@ -15,11 +15,13 @@ os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches
 torch.set_num_threads(1)  # bits depend on it
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
 def pytest_collection_modifyitems(items):
-    "Tests that share something a module makes once stay in one process, so that it is made once."
+    "Tests that share something a module makes once stay in one process, so that it is made once; they begin, so that the others can fill the end."
     for item in items:
         scopes = [item._fixtureinfo.name2fixturedefs[n][-1].scope for n in item.fixturenames if n in item._fixtureinfo.name2fixturedefs]
         if "module" in scopes: item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
