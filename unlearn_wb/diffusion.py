@@ -148,7 +148,7 @@ def need_cross_attention(model, who: str):
 class Denoiser:
     "A Stable Diffusion pipeline as the function eps(x_t, t, c): this class and its child alone know the pipeline's own interface."
     part = "unet"  # the pipeline's name of the denoising network
-    compiled, _dtype, keepers = False, None, None
+    compiled, _translating, _dtype, keepers = None, False, None, None
     cross_attention = True  # words enter by cross-attention, whose keys and values are functions of the text states alone
     def __init__(self, pipe,  # a diffusers `StableDiffusionPipeline`
                  name: str = "",  # what to call it
@@ -259,9 +259,18 @@ class Denoiser:
             self._dtype = None
 
     def compile(self):
-        "Translate the denoiser for this machine; `sample`, whose shapes differ from training's, goes on without."
-        self.unet.compile()
-        self.compiled = True
+        "Translate the denoiser for this machine; it runs so within `translated`."
+        self.compiled = torch.compile(self.unet, dynamic=False)
+
+    @contextmanager
+    def translated(self):
+        "Within this block a compiled denoiser runs translated. For a training's steps alone: translating takes minutes for each shape, and what is painted or examined has others."
+        self._translating = self.compiled is not None
+        try: yield
+        finally: self._translating = False
+
+    @property
+    def _network(self): return self.compiled if self._translating else self.unet
 
     @property
     def base_hash(self) -> str:
@@ -285,7 +294,7 @@ class Denoiser:
         if self.text_encoder_2 is not None:
             sizes = torch.tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size], dtype=self.dtype, device=c.device)  # original, crop, target
             c, more = c[:, :-1], {"added_cond_kwargs": {"text_embeds": c[:, -1, :self.text_encoder_2.config.projection_dim], "time_ids": sizes.expand(len(c), -1)}}
-        out = self.unet(x_t.to(self.dtype), t, c, **more).sample.float()
+        out = self._network(x_t.to(self.dtype), t, c, **more).sample.float()
         return out if self.predicts == "epsilon" else eps_from_v(x_t, out, self.abar[t])
 
     def tokens(self, prompts: list[str], tokenizer=None) -> torch.Tensor:  # (B,L)
@@ -333,6 +342,7 @@ def denoise(model: Denoiser,
     "The denoising path: yields (t, x_t, guided eps) before each step, and lastly (0, x_0, None)."
     solver = model.solver()
     solver.set_timesteps(steps, device=model.device)
+    solver.set_begin_index(0)  # else it looks for the first timestep, and a GPU is waited for
     x = x * solver.init_noise_sigma
     for t in solver.timesteps:
         with model.autocast(precision):
@@ -341,7 +351,7 @@ def denoise(model: Denoiser,
                 plain, told = model.eps(torch.cat([x, x]), t, torch.cat([c_null.expand_as(c), c])).chunk(2)
                 eps = plain + guidance * (told - plain)
         yield t, x, eps
-        a = model.abar[t]
+        a = model.abar[t[None]]  # a list: a single number would be waited for
         out = eps if model.predicts == "epsilon" else (eps - (1 - a).sqrt() * x) / a.sqrt()  # the solver expects what the network predicts
         x = solver.step(out, t, x).prev_sample
     yield torch.zeros_like(t), x, None
@@ -364,8 +374,7 @@ def sample(model: Denoiser,
     "Paint one image for each prompt and seed."
     out, c_null = [], model.embed([""])
     for i in range(0, len(prompts), batch):
-        with torch.compiler.set_stance("force_eager") if model.compiled else nullcontext():
-            *_, (_, x, _) = denoise(model, starting_noise(model, seeds[i:i + batch]), embed_each(model, prompts[i:i + batch]), c_null, steps, guidance, precision)
+        *_, (_, x, _) = denoise(model, starting_noise(model, seeds[i:i + batch]), embed_each(model, prompts[i:i + batch]), c_null, steps, guidance, precision)
         out.append(model.decode(x) if decode else x.cpu())
         if callback: callback(min(i + batch, len(prompts)), len(prompts))
     return torch.cat(out)
@@ -396,7 +405,7 @@ class FlowDenoiser(Denoiser):
         "Predicted noise; see `Denoiser.eps`."
         t, c = t.expand(len(x_t)).contiguous(), c.to(self.dtype).contiguous()
         y, wide = x_t * _wide(self.scale[t], x_t), _wide(self.sigma[t], x_t)
-        v = self.unet(y.to(self.dtype), timestep=self.sigma[t] * self.pipe.scheduler.config.num_train_timesteps, encoder_hidden_states=c[:, :-1], pooled_projections=c[:, -1, :self.unet.config.pooled_projection_dim]).sample
+        v = self._network(y.to(self.dtype), timestep=self.sigma[t] * self.pipe.scheduler.config.num_train_timesteps, encoder_hidden_states=c[:, :-1], pooled_projections=c[:, -1, :self.unet.config.pooled_projection_dim]).sample
         return y.float() + (1 - wide) * v.float()
 
     def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L+256+1,D)
@@ -427,11 +436,12 @@ class KeepMap:
 def attention_maps(model: Denoiser):
     "Within this block every call of the denoiser fills the yielded dict: layer -> cross-attention probabilities (B, heads, places, tokens), with their graph."
     need_cross_attention(model, "a map of words to places")
-    maps, before = {}, model.unet.attn_processors
-    if not model.keepers: model.keepers = {k: KeepMap(k.removesuffix(".processor")) for k in before if ".attn2." in k}  # the same ones every time: with others torch.compile would translate the denoiser again
-    def note(maps):
-        for keeper in model.keepers.values(): keeper.maps = maps
-    note(maps)
-    model.unet.set_attn_processor(before | model.keepers)
+    if not model.keepers: model.keepers = [(m, KeepMap(k)) for k, m in model.unet.named_modules() if k.endswith(".attn2")]  # the same ones every time: with others torch.compile would translate the denoiser again
+    maps, before = {}, [m.processor for m, _ in model.keepers]
+    def put(processors, maps):
+        for (m, keeper), processor in zip(model.keepers, processors):
+            m.set_processor(processor)
+            keeper.maps = maps
+    put([keeper for _, keeper in model.keepers], maps)
     try: yield maps
-    finally: model.unet.set_attn_processor(before), note({})
+    finally: put(before, {})

@@ -229,11 +229,13 @@ class Trainer:
 
     def _steps(self) -> Iterator[Step]:
         m, batch = self.method, None
+        translated = getattr(getattr(m, "model", None), "translated", nullcontext)
         while self.step < self.total:
             began, warm = time.perf_counter(), self.step < m.warmup
-            if batch is None: batch = m.batch(self.step)
-            values = self._warm_up(batch) if warm else self._unlearn(batch)
-            batch = m.batch(self.step + 1) if self.step + 1 < self.total else None  # drawn while the device still works
+            with translated():
+                if batch is None: batch = m.batch(self.step)
+                values = self._warm_up(batch) if warm else self._unlearn(batch)
+                batch = m.batch(self.step + 1) if self.step + 1 < self.total else None  # drawn while the device still works
             values = numbers(values)
             bad = [k for k, v in values.items() if k.startswith("loss") and not math.isfinite(v) and not (k == "loss_r" and math.isnan(v))]
             if bad: raise FloatingPointError(f"{bad[0]} is {values[bad[0]]} at step {self.step + 1}; lower lr or disc_lr, or use precision fp32")

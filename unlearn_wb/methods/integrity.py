@@ -48,12 +48,12 @@ class Saddle(Anchored):
     def retaining_loss(self, batch) -> torch.Tensor:
         "mu times the drift; the budget is a constant."
         drift = super().retaining_loss(batch)
-        self.seen.append(float(drift.detach()))
+        self.seen.append(drift.detach().double())
         return self.mu * drift
 
     def after(self, *parts) -> dict:
         "Dual ascent on the price."
-        self.drift, self.seen = self.together.sum(sum(self.seen) / len(self.seen)) / self.together.size, []
+        self.drift, self.seen = float(self.together.sum(sum(self.seen) / len(self.seen))) / self.together.size, []
         self.mu = max(0., self.mu + self.config.dual_lr * (self.drift - self.config.budget))
         return {"mu": self.mu, "drift": self.drift}
 

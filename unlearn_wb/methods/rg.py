@@ -93,7 +93,8 @@ class RG(Anchored):
         b, r = batch
         if not self.config.forget: return F.mse_loss(self.eps(r), r.eps)
         loss = F.mse_loss(self.eps(b), b.eps)
-        return -loss if loss <= self.config.truncate else -loss / loss.detach() if self.config.truncated == "rescale" else -1 + 0 * loss
+        inside = loss.detach() <= self.config.truncate  # stays on the GPU
+        return -loss / torch.where(inside, 1., loss.detach()) if self.config.truncated == "rescale" else torch.where(inside, -loss, -1 + 0 * loss)
 
     def retaining_loss(self, batch):
         return super().retaining_loss(batch) if self.config.forget else None

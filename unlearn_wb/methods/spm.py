@@ -40,21 +40,23 @@ class SPM(Anchored):
         if config.scope not in ("adapter", "adapter-kv"): raise ValueError(f"scope = {config.scope}; SPM moves adapters: adapter or adapter-kv")
         super().__init__(model, erasures, config, cache, callback)
         self.concept = self.summary(self.target_states).mean(0)  # (D,)
+        self.pool = torch.cat([self.anchor_states, self.target_states]).cpu()  # texts are drawn one by one: no work for a GPU
+        self.spread, self.here = .1 * self.pool.std(), (self.null.cpu(), F.normalize(self.concept, dim=0).cpu())
 
-    def summary(self, c: torch.Tensor) -> torch.Tensor:  # (B,L,D) -> (B,D), unit length
+    def summary(self, c: torch.Tensor, null: torch.Tensor | None = None) -> torch.Tensor:  # (B,L,D) -> (B,D), unit length
         "A text's direction against the empty text's."
-        return F.normalize((c - self.null).mean(1), dim=1)
+        return F.normalize((c - (self.null if null is None else null)).mean(1), dim=1)
 
     def random_texts(self, step_or_b, n: int) -> torch.Tensor:
         "Random mixtures of the retained and anchor texts, accepted with probability 1 - cos to the concept."
-        pool = torch.cat([self.anchor_states, self.target_states])
+        pool, (null, concept) = self.pool, self.here
         g, out = seeded(self.seed, "anchoring", step_or_b), []
         while len(out) < n:
             i, w = torch.randint(len(pool), (2,), generator=g), torch.rand((), generator=g)
-            c = torch.lerp(pool[i[0]], pool[i[1]], float(w)) + .1 * pool.std() * torch.randn(pool.shape[1:], generator=g).to(pool)
-            cos = float(self.summary(c[None]) @ F.normalize(self.concept, dim=0))
+            c = torch.lerp(pool[i[0]], pool[i[1]], float(w)) + self.spread * torch.randn(pool.shape[1:], generator=g).to(pool)
+            cos = float(self.summary(c[None], null) @ concept)
             if torch.rand((), generator=g) < 1 - cos: out.append(c)
-        return torch.stack(out)
+        return torch.stack(out).to(self.model.device)
 
     def batch(self, step: int):
         b, r = super().batch(step)
