@@ -264,10 +264,11 @@ class Cache:
            ) -> dict[str, torch.Tensor]:
         "The stored tensors, made now if they are not there yet."
         from safetensors.torch import load_file, save_file
+        name = self.name(key)
         if not self.folder:
-            if not self.has(key): self.kept[self.name(key)] = {k: v.detach().cpu() for k, v in make().items()}
-            return {k: v.clone() for k, v in self.kept[self.name(key)].items()}
-        path = self.folder / self.name(key)
+            if name not in self.kept: self.kept[name] = {k: v.detach().cpu() for k, v in make().items()}
+            return {k: v.clone() for k, v in self.kept[name].items()}
+        path = self.folder / name
         if path.exists():
             try: return load_file(path)
             except Exception: path.unlink()  # damaged: make it again

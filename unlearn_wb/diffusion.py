@@ -260,7 +260,7 @@ class Denoiser:
 
     def compile(self):
         "Translate the denoiser for this machine; it runs so within `translated`."
-        self.compiled = torch.compile(self.unet, dynamic=False)
+        self.compiled = torch.compile(self.unet.forward, dynamic=False)
 
     @contextmanager
     def translated(self):

@@ -41,7 +41,7 @@ class SPM(Anchored):
         super().__init__(model, erasures, config, cache, callback)
         self.concept = self.summary(self.target_states).mean(0)  # (D,)
         self.pool = torch.cat([self.anchor_states, self.target_states]).cpu()  # texts are drawn one by one: no work for a GPU
-        self.spread, self.here = .1 * self.pool.std(), (self.null.cpu(), F.normalize(self.concept, dim=0).cpu())
+        self.spread, self.beside = .1 * self.pool.std(), (self.null.cpu(), F.normalize(self.concept, dim=0).cpu())  # what a drawn text is held against
 
     def summary(self, c: torch.Tensor, null: torch.Tensor | None = None) -> torch.Tensor:  # (B,L,D) -> (B,D), unit length
         "A text's direction against the empty text's."
@@ -49,7 +49,7 @@ class SPM(Anchored):
 
     def random_texts(self, step_or_b, n: int) -> torch.Tensor:
         "Random mixtures of the retained and anchor texts, accepted with probability 1 - cos to the concept."
-        pool, (null, concept) = self.pool, self.here
+        pool, (null, concept) = self.pool, self.beside
         g, out = seeded(self.seed, "anchoring", step_or_b), []
         while len(out) < n:
             i, w = torch.randint(len(pool), (2,), generator=g), torch.rand((), generator=g)
