@@ -24,6 +24,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
+def pytest_collection_finish(session):
+    "xdist knows a group by its name at the end of a test's; a pytest that does not let it write there makes everything twice, and says nothing."
+    grouped = [item.nodeid for item in session.items if item.get_closest_marker("xdist_group")]
+    assert not getattr(session.config.option, "loadgroup", False) or all("@" in name for name in grouped), f"xdist does not see the groups: {grouped[0]}"
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

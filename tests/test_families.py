@@ -150,15 +150,15 @@ def test_another_kind_of_pipeline_is_named(tmp_path):
 
 
 def test_a_runs_lora_loads_with_plain_diffusers_and_is_the_run(tmp_path):
-    from conftest import parameters
+    from conftest import parameters, small_world
     from diffusers import StableDiffusionPipeline
     from unlearn_wb.workbench import Experiment
-    x = Experiment(parameters(base_model="sandbox", concept="Van Gogh", run_dir=str(tmp_path / "run"), lora=1., precision="fp32"))
+    x = Experiment(parameters(concept="Van Gogh", run_dir=str(tmp_path / "run"), lora=1., precision="fp32"))
     x.train(), x.examine(), x.finish()
     model = tmp_path / "run/model"
     card = (model / "README.md").read_text()
-    assert card.startswith("---\nbase_model: sandbox\n") and "| target | van gogh |" in card and '"method": "doco"' in card
-    pipe = StableDiffusionPipeline.from_pretrained(Denoiser.load().folder, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
+    assert card.startswith(f"---\nbase_model: {small_world()}\n") and "| target | van gogh |" in card and '"method": "doco"' in card
+    pipe = StableDiffusionPipeline.from_pretrained(small_world(), use_safetensors=True, safety_checker=None, requires_safety_checker=False)
     base = pipe.unet(torch.ones(1, 4, 16, 16), 500, x.model.embed(["van gogh"])).sample
     pipe.load_lora_weights(str(model), weight_name="lora.safetensors")
     with torch.no_grad(): theirs, ours = pipe.unet(torch.ones(1, 4, 16, 16), 500, x.model.embed(["van gogh"])).sample, x.model.unet(torch.ones(1, 4, 16, 16), torch.tensor(500), x.model.embed(["van gogh"])).sample

@@ -54,7 +54,7 @@ def test_captions_state_only_what_is_true():
 
 def test_judge_is_reliable():
     from unlearn_wb.diffusion import Denoiser
-    accuracy = examine_judge(load_judge(), 1000, seed=77, vae=Denoiser.load("sandbox").pipe.vae)
+    accuracy = examine_judge(load_judge(), 600, seed=77, vae=Denoiser.load("sandbox").pipe.vae)
     assert accuracy["style, held-out renders"] >= .99 and accuracy["subject, held-out renders"] >= .98 and accuracy["nothing, rubble"] >= .97
     assert accuracy["nothing, empty places"] >= .97
 
@@ -85,7 +85,7 @@ def test_the_first_two_questions_leave_the_rest_of_the_judge_as_it_is(tmp_path):
 
 def test_model_paints_what_it_is_told():
     from unlearn_wb.diffusion import Denoiser
-    rows = {q.strip(): r for q, n, r in examine_model(Denoiser.load("sandbox"), load_judge(), n=1, n_linked=12)}
+    rows = {q.strip(): r for q, n, r in examine_model(Denoiser.load("sandbox"), load_judge(), n=1, n_linked=8)}
     assert rows["style, explicit prompts"] >= .95 and rows["subject, explicit prompts"] >= .9
     assert sum(rows[f"'{l}' shows {c}"] for l, c in LINKS.items()) / len(LINKS) >= .85
 

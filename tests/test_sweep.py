@@ -31,7 +31,7 @@ def workers():
 def test_failures_kills_and_starting_again(tmp_path):
     import nbformat
     cells = read_grid([dict(base_model=small_world(), notebook="train_baseline", method="uce", concept=["Van Gogh", "Snopy"], eval_images=2),
-                       dict(base_model=small_world(), notebook="train_doco", concept="Snoopy", eval_images=2, options="iterations=250, warmup=20, num_images=8, batch_size=2")])
+                       dict(base_model=small_world(), notebook="train_doco", concept="Snoopy", eval_images=2, options="iterations=150, warmup=20, num_images=8, batch_size=2")])
     long_one = tmp_path / folder_name(cells[2])
     killed = []
     def killer():

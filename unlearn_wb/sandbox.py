@@ -682,12 +682,13 @@ def load_judge(folder: str | Path = DATA / "sandbox" / "judge") -> Judge:
 def examine_judge(judge: Judge, n: int = 2000, seed: int = 99, vae=None) -> dict[str, float]:
     "Accuracy on `n` held-out renders, and on the same places without their subject; with a VAE also on `n` pictures of rubble."
     scenes = world(n, seed)
-    seen = judge.names(render(scenes))
+    pictures = render(scenes)
+    seen = judge.names(pictures)
     out = {"style, held-out renders": sum(a == s.style for (a, _), s in zip(seen, scenes)) / n, "subject, held-out renders": sum(b == s.subject for (_, b), s in zip(seen, scenes)) / n}
     out["nothing, empty places"] = sum(b == NOTHING for _, b in judge.names(render([replace(s, subject=NOTHING) for s in scenes]))) / n
     if vae is None: return out
     with torch.no_grad():
-        z = torch.cat([vae.encode(x * 2 - 1).latent_dist.mean for x in render(scenes).split(100)])
+        z = torch.cat([vae.encode(x * 2 - 1).latent_dist.mean for x in pictures.split(100)])
         nothing = torch.cat([vae.decode(x * z.std()).sample / 2 + .5 for x in rubble(z / z.std(), seeded(seed, "rubble")).split(100)]).clamp(0, 1)
     return out | {"nothing, rubble": sum(NOTHING in s for s in judge.names(nothing)) / n}
 

@@ -10,7 +10,7 @@ from hands import SHOTS, lab, needs_browser, run_all, shot  # noqa: F401 (fixtur
 
 pytestmark = needs_browser
 
-QUICK = dict(options="iterations=400, warmup=10, num_images=16", eval_images=4)
+QUICK = dict(options="iterations=400, warmup=10, num_images=8", eval_images=2)
 
 
 def field(name): return f".jupyter-widgets:has(> label:text-is('{name}')) input"
