@@ -46,3 +46,9 @@ def test_library_imports_neither_nbdev_nor_fastcore():
     import subprocess, sys
     code = "import sys, unlearn_wb.workbench, unlearn_wb.sandbox; bad = [m for m in sys.modules if m.split('.')[0] in ('nbdev', 'fastcore', 'execnb', 'torchvision')]; assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_library_without_its_project_says_where_the_sandbox_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("unlearn_wb.diffusion.DATA", tmp_path / "data")
+    from unlearn_wb.diffusion import BadModel
+    with pytest.raises(BadModel, match="the sandbox is not at .*; install that one, with pip install -e"): Denoiser.load()

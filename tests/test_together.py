@@ -103,6 +103,8 @@ def test_a_compiled_denoiser_gives_the_same_weights_and_is_translated_once_a_for
     _, w, _ = run(name, cache)
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **kw: compiled.append(net) or compile(net, backend="eager", **kw))  # traced as always, not translated: that takes minutes
+    began, begin = [], torch.compiler.cudagraph_mark_step_begin
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: began.append(1) or begin())
     torch._dynamo.utils.counters.clear()
     trainer = prepared(name, cache, compile=True)
     for step in trainer:
@@ -111,6 +113,7 @@ def test_a_compiled_denoiser_gives_the_same_weights_and_is_translated_once_a_for
     torch._dynamo.reset()
     assert compiled and close(w, trainer.method.params)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == forms
+    assert len(began) == step.index, "CUDA graphs are told where a step begins, and nowhere else"
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if hasattr(m.make, "couples")])

@@ -96,7 +96,9 @@ def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
                  ) -> str:  # a directory that exists, or a hub id
     "Where a model is. Checks a local directory for what is missing or unsafe before anything is loaded."
     if not str(name).strip(): raise BadModel("the base model is empty; give 'sandbox', a diffusers directory, or a hub id")
-    if str(name) == "sandbox": name = DATA / "sandbox" / "base"
+    if str(name) == "sandbox":
+        name = DATA / "sandbox" / "base"
+        if not name.exists(): raise BadModel(f"the sandbox is not at {name}: it lies beside the library in the project's own folder; install that one, with pip install -e .")
     path = Path(name).expanduser()
     if not path.exists():
         hub_id = str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
@@ -258,14 +260,15 @@ class Denoiser:
             for w, data in before.items(): w.data = data.to(w.device)
             self._dtype = None
 
-    def compile(self):
-        "Translate the denoiser for this machine; it runs so within `translated`."
-        self.compiled = torch.compile(self.unet.forward, dynamic=False)
+    def compile(self, **options):
+        "Translate the denoiser for this machine; it runs so within `translated`. Options are TorchInductor's."
+        self.compiled = torch.compile(self.unet.forward, dynamic=False, options=options or None)
 
     @contextmanager
     def translated(self):
         "Within this block a compiled denoiser runs translated. For a training's steps alone: translating takes minutes for each shape, and what is painted or examined has others."
         self._translating = self.compiled is not None
+        if self._translating: torch.compiler.cudagraph_mark_step_begin()  # with CUDA graphs: what the step predicts stays until the next one begins
         try: yield
         finally: self._translating = False
 
