@@ -39,7 +39,7 @@ docs-serve: docs  ## and show it on http://127.0.0.1:8123
 
 lessons: $(READY)  ## run the literate notebooks and keep their outputs
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/lib/*.ipynb nbs/methods/*.ipynb nbs/howto/*.ipynb
-	$(BIN)/python -c 'import sys; from unlearn_wb.docs_site import shrink_notebook; [shrink_notebook(p) for p in sys.argv[1:]]' nbs/*.ipynb nbs/lib/*.ipynb nbs/methods/*.ipynb
+	$(BIN)/python -c 'import sys; from unlearn_wb.docs_site import shrink_notebook; [shrink_notebook(p) for p in sys.argv[1:]]' nbs/*.ipynb nbs/lib/*.ipynb nbs/methods/*.ipynb nbs/howto/*.ipynb
 	$(BIN)/nbdev_clean
 
 pictures: demo  ## the pictures of the README, from the demo's run and the table of all methods

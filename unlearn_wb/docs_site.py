@@ -276,11 +276,13 @@ def shrink_html(text: str, least: int = 30_000) -> str:
     return re.sub(r"data:image/png;base64,([A-Za-z0-9+/=]{%d,})" % least, smaller, text)
 
 def shrink_notebook(path: str | Path):
-    "Shrink the pictures in a notebook's outputs, in place."
+    "Shrink the pictures in a notebook's outputs, in place; progress bars, warnings and the state of widgets go."
     import base64
     path = Path(path)
     nb = json.loads(path.read_text())
+    nb["metadata"].pop("widgets", None)
     for cell in nb["cells"]:
+        if "outputs" in cell: cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
         for o in cell.get("outputs", []):
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = base64.b64encode(shrink(base64.b64decode("".join(o["data"]["image/png"])))).decode()
             if "text/html" in o.get("data", {}): o["data"]["text/html"] = shrink_html("".join(o["data"]["text/html"])).splitlines(True)
