@@ -16,7 +16,7 @@ $(READY): settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo 'installing into .venv, which takes some minutes'
 	@$(PIP) -c constraints.txt torch && $(PIP) -c constraints.txt -e '.[dev]' || { echo "constraints.txt asks for a version that is not to be had (above); taking the newest ones that settings.ini allows, which nobody has tested together"; $(PIP) -e '.[dev]'; }
-	@$(BIN)/python -m compileall -q -j 0 -x '/tests/|transformers/models/[^ac]' .venv >/dev/null || true  # on all cores, pip on one; without packages' tests and the models we never load (a third); some packages bring templates that are no Python
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests/|transformers/models/[^ac]' .venv >/dev/null || true  # on all cores, pip on one; without packages' tests and the models we never load (a quarter of it all); some packages bring templates that are no Python
 	@touch $(READY)
 
 demo: $(READY)  ## forget "Van Gogh" on the built-in sandbox: a verdict and an HTML report

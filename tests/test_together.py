@@ -65,7 +65,6 @@ def test_two_processes_are_one(method, options, tmp_path, monkeypatch):
     a, b = one.method.moved.weights(), two.method.moved.weights()
     far, went = (sum(float((a[k] - x[k]).square().sum()) for k in a) ** .5 for x in (b, start))
     assert len(trace) == 5 and 0 < went and far < 2e-3 * went, (far, went)
-    if method != "doco": return
     seen = []
     monkeypatch.setattr("unlearn_wb.evaluation.sample", lambda *a, **kw: seen.append(1) or sample(*a, **kw))
     two.examine()

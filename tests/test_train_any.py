@@ -21,7 +21,7 @@ def papermill(notebook, cwd, **values):
 
 @pytest.mark.parametrize("notebook,values", [
     ("train_advanchor", dict(SHORT, options="anchor_steps=2")),
-    ("train_baseline", dict(SHORT, method="spm", concept="Snoopy+Mickey", mode="sequential"))])
+    ("train_baseline", dict(method="uce", eval_images=2)), ("train_baseline", dict(SHORT, method="spm", concept="Snoopy+Mickey", mode="sequential"))])
 def test_runs_under_papermill_and_leaves_a_plain_model(notebook, values, tmp_path):
     p = papermill(notebook, tmp_path, **values)
     assert p.returncode == 0, p.stderr[-3000:]

@@ -36,6 +36,7 @@ def test_run_folder_is_complete(done):
     run = done / "runs/van-gogh-doco"
     assert {"config.json", "trace.parquet", "images", "checkpoints", "model", "report.json", "report.html", "examination.parquet"} <= {p.name for p in run.iterdir()}
     assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")], "a pickle in the run folder"
+    assert (run / "model/README.md").read_text().startswith("---\nbase_model: sandbox\n")
     trace = pd.read_parquet(run / "trace.parquet")
     assert trace.step.tolist() == list(range(1, 13)) and (trace.phase == "warm-up").sum() == 4
     assert {"loss_u", "loss_r", "loss_d", "d_acc", "angle", "norm_u", "norm_r", "removed", "conflict", "lr", "seconds"} <= set(trace)
