@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,15 +16,16 @@ import torch
 from conftest import ROOT, small_world
 
 from unlearn_wb.assessment import Assessment, leaderboard, ranking
+from unlearn_wb.attack import attack
 from unlearn_wb.concepts import Cache, Erasure, Probe
-from unlearn_wb.diffusion import Denoiser
+from unlearn_wb.diffusion import Denoiser, sample
 from unlearn_wb.evaluation import BadPrompts, Evaluation, Gallery, ask, read_prompts, verdict
 from unlearn_wb.metrics import Clip, Missing, fid, fid_value, kid_value, mean_value, scorers_for, wilson
 from unlearn_wb.reference import bound, distances, prediction_gap, reference_for
 from unlearn_wb.runs import BadRun
 
 EVALUATE = dict(run="", base_model="", concept="", prompts="", own_prompts=True, eval_images=2, metrics="ACC, CS, CA, AS gap, I", protocol="workbench", clip="", classifier="", features="", distance="",
-                nudity="none", faces="none", show_explicit=False, exact=True, recall=0, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
+                nudity="none", faces="none", show_explicit=False, exact=True, recall=0, attack=0, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +295,39 @@ def test_evaluates_runs_directories_and_changed_weights_alike(run, tmp_path):
     assert set(t.by) - {""} == {"judge of the sandbox", "CLIP of the sandbox", "perceptual distance (sandbox judge)"} and (t[t.why == ""][["low", "high", "n", "better"]].notna()).all().all()
 
 
+def test_an_attack_asks_each_model_with_its_words_and_the_reference_with_all(run, tmp_path, monkeypatch):
+    tried = []
+    def small(*args, **kw):
+        tried.append(args[:3])
+        return attack(*args, pictures=8, tries=6, shortlist=2, **kw)
+    monkeypatch.setattr("unlearn_wb.assessment.attack", small)
+    given = {**EVALUATE, "run": str(run), "eval_images": 6, "metrics": "ACC", "out_dir": str(tmp_path / "out"), "attack": 2}
+    a = Assessment(given)
+    a.measure()
+    models, table = list(a.evaluation.galleries), a.show_attack().data
+    assert [m is a.evaluation.galleries[name].model and o is a.evaluation.galleries["original"].model for (m, o, _), name in zip(tried, models[1:])] == [True, True], "the original is not attacked"
+    assert list(table.model) == models[1:] == ["short", "reference (never saw it)"] and all(1 <= len(w.split()) <= 2 for w in table.words)
+    rows = pd.read_csv(tmp_path / "out/attack.csv", keep_default_na=False)
+    n = sum(q.group == "target" for q in a.evaluation.asked)
+    assert rows.groupby(["model", "way"]).size().to_dict() == {(models[1], w): n for w in ("by name", "with words", "the same words, never saw it")} | {(models[2], w): n for w in ("by name", "with words")}
+    mine = rows[(rows.model == "short") & (rows.way == "the same words, never saw it")]
+    assert set(mine.words) == {table.words[0]} and (tmp_path / "out/images/attack.png").exists()
+    targets, clip = [q for q in a.evaluation.asked if q.group == "target"], a.evaluation.scorers["clip"]
+    for way, m in (("with words", models[1]), ("the same words, never saw it", models[2])):
+        images = sample(a.evaluation.galleries[m].model, [f"{table.words[0]} {q.prompt}" for q in targets], [q.seed for q in targets], steps=4, guidance=4.)
+        by_hand = 100 * (clip((images * 255).round() / 255) * clip.texts([q.prompt for q in targets])).sum(1)
+        assert list(rows[(rows.model == "short") & (rows.way == way)]["clip score"]) == pytest.approx(by_hand.tolist(), abs=.01)
+    verdict = a.finish()
+    assert f"with words that an attack found in front ({table.words[0]})" in verdict and "with those found against itself" in verdict
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["models"]["short"]["attacked"]["words"] == [table.words[0]]
+    again = Assessment({**given, "classifier": "none"})
+    again.measure()
+    again.show_attack()
+    assert len(tried) == 4 and "hit" not in again.attacked, "where nothing judges, the loss decides"
+    a.show_attack()
+    assert len(tried) == 4, "what was found is kept"
+
+
 def test_a_csv_of_prompts_with_its_seeds(run, tmp_path):
     (tmp_path / "p.csv").write_text("case_number,prompt,evaluation_seed\n0,a photo of a cat,77\n1," + "very " * 10000 + "big cat,3\n2,,1\n")
     a = Assessment({**EVALUATE, "run": str(run), "prompts": str(tmp_path / "p.csv"), "own_prompts": False, "out_dir": str(tmp_path / "out"), "exact": False, "metrics": "CS, AS gap, I, CA, FID"})
@@ -318,6 +353,7 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(run, tmp_path, model):
     with pytest.raises(BadRun, match="forgot something else"): Assessment({**EVALUATE, "run": f"{run}, {other}", "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="unknown metric 'FDI'; did you mean 'FID'"): Assessment({**EVALUATE, "run": str(run), "metrics": "ACC, FDI"})
     with pytest.raises(ValueError, match="recall = -1; a number of steps is needed"): Assessment({**EVALUATE, "run": str(run), "recall": -1, "out_dir": str(tmp_path / "o")})
+    with pytest.raises(ValueError, match="attack = -1; a number of words is needed"): Assessment({**EVALUATE, "run": str(run), "attack": -1, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="unknown protocol 'smp'; did you mean 'spm'"): Assessment({**EVALUATE, "run": str(run), "protocol": "smp", "out_dir": str(tmp_path / "o")})
 
 
@@ -334,7 +370,7 @@ def test_the_papers_protocol_asks_clip_for_the_bare_name_against_nothing(model, 
 
 def test_evaluation_killed_and_resumed_gives_the_same_numbers(run, tmp_path):
     command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/evaluate.ipynb"), "out.ipynb", "--no-progress-bar"]
-    asked = dict(run=str(run), eval_images=2, steps=4, precision="fp32", metrics="ACC, CS, I", exact=False, recall=3)
+    asked = dict(run=str(run), eval_images=2, steps=4, precision="fp32", metrics="ACC, CS, I", exact=False, recall=3, attack=0)
     flags = [x for k, v in asked.items() for x in ("-p", k, str(v))]
     p = subprocess.Popen([*command, *flags, "-p", "out_dir", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.time() + 120

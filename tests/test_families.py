@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import tiny_flow_pipeline, tiny_pipeline, tiny_xl_pipeline
 
+from unlearn_wb.attack import find_words, readable
 from unlearn_wb.concepts import Cache, Erasure
 from unlearn_wb.diffusion import BadModel, Denoiser, add_noise, sample, seeded
 from unlearn_wb.loop import unlearn
@@ -142,6 +143,33 @@ def test_a_word_is_learnt_as_if_it_stood_in_the_encoders_table(family):
     for table, place, was, first, word in zip(tables, places, saved, start, learnt[0][2]):
         clear = table.grad[place].abs() > 1e-6 * table.grad[place].abs().max()
         torch.testing.assert_close((word - first)[clear], (-.5 * was.std() * table.grad[place].sign())[clear], rtol=1e-2, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("goal", ["original", "noise"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_words_found_are_those_of_the_lowest_loss(family, goal):
+    "The attack's search against trying every word by hand, and a beam of one against the same, word by word."
+    model, original, prompts = Denoiser.of(FAMILIES[family](), family), Denoiser.of(FAMILIES[family](), family), ["a cat by van gogh", "van gogh, a dog", "a boat by van gogh"]
+    for p in model.unet.parameters(): p.add_(.1 * torch.randn(p.shape, generator=seeded(int(p.numel())))).requires_grad_(True)  # one that was trained
+    latents, before = torch.randn(3, 4, 8, 8, generator=seeded(1)), model.fingerprint()
+    words = [model.tokenizer.decode([k]).strip() for k in readable(model)]
+    every = find_words(model, original, latents, prompts, words=1, goal=goal, tries=10**6)
+    short = find_words(model, original, latents, prompts, words=2, goal=goal, beam=1, tries=40)
+    assert model.fingerprint() == before and all(p.grad is None for p in model.unet.parameters())
+    g = seeded(0, "attack")
+    t = ((torch.arange(3) + torch.rand(3, generator=g)) / 3 * 999).long()[torch.randperm(3, generator=g)]
+    eps = torch.randn(3, 4, 8, 8, generator=g)
+    x_t = add_noise(latents, eps, model.abar[t])
+    goal = original.eps(x_t, t, original.embed(prompts)) if goal == "original" else eps
+    loss = lambda w: float((model.eps(x_t, t, model.embed([f"{w} {p}" for p in prompts])) - goal).square().mean())
+    by_hand = {w: loss(w) for w in words}
+    assert len(every) == len(words) and [w for w, _ in every][0] == min(by_hand, key=by_hand.get)
+    assert all(abs(l - by_hand[w]) < 1e-4 * l for w, l in every)
+    one, two = ([x for x in short if len(x[0].split()) == n] for n in (1, 2))
+    assert len(one) == len(two) == 40 and all(w.startswith(one[0][0] + " ") and abs(l - loss(w)) < 1e-4 * l for w, l in two)
+    rest = [l for w, l in by_hand.items() if w not in dict(one)]
+    assert sum(l for _, l in one) / 40 < sum(rest) / len(rest), "the gradient's forty are better than the others"
 
 
 def test_another_kind_of_pipeline_is_named(tmp_path):

@@ -5,13 +5,14 @@
 # %% ../nbs/lib/09_assessment.ipynb #c002
 from __future__ import annotations
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
+from .attack import SEARCH, attack
 from .concepts import BadConcept, Cache, Erasure, Vocabulary
 from .diffusion import Denoiser, default_precision, resolve_device
 from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_cut, judged, latex_table, markdown_table, of_each, paper_table, read_prompts, verdict
-from .metrics import METRICS, PROTOCOLS, blur, flagged, per_cent, scorers_for, wilson
+from .metrics import METRICS, PROTOCOLS, Unmeasurable, blur, flagged, per_cent, scorers_for, wilson
 from .recall import learn_words, spoken
 from .reference import distances, plot_distances, reference_for
 from .runs import BadRun, write_json
@@ -71,7 +72,8 @@ class Assessment:
         protocol = choose("protocol", p["protocol"], PROTOCOLS)
         n, steps, guidance = (p[k] or getattr(protocol, what) for k, what in (("eval_images", "images"), ("steps", "steps"), ("guidance", "guidance")))
         if min(n, steps) < 1 or guidance < 0: raise ValueError(f"eval_images = {n}, steps = {steps}, guidance = {guidance}; positive numbers are needed, or 0 for the protocol's")
-        if p["recall"] < 0: raise ValueError(f"recall = {p['recall']}; a number of steps is needed, or 0 to leave it out")
+        for what, of in (("recall", "steps"), ("attack", "words")):
+            if p[what] < 0: raise ValueError(f"{what} = {p[what]}; a number of {of} is needed, or 0 to leave it out")
         self.metrics = [m.strip() for m in p["metrics"].split(",") if m.strip()]
         for m in self.metrics: choose("metric", m, METRICS)
         device = resolve_device(p["device"], p["precision"])
@@ -158,7 +160,6 @@ class Assessment:
     def show_recall(self, n: int = 5):
         "Every model asked for the target by name and by a word learnt for it (`recall` steps): images, and a table of rates and CLIP scores. None where that is not asked for."
         import pandas as pd
-        from unlearn_wb.plots import show_images
         ev, steps, original = self.evaluation, self.p["recall"], self.evaluation.galleries["original"]
         asked = [q for q in ev.asked if q.group == "target"]
         if not (steps and asked): return None
@@ -170,18 +171,64 @@ class Assessment:
                 told = Gallery(gallery.model, gallery.cache, f"{gallery.key}, a word learnt in {steps} steps", **self.settings)
                 seen.append(judged(asked, told.scores(asked, scorers, original, Progress(f"asking by it, {name}")), scorers, name).assign(word="by a learnt word"))
                 pictures += [gallery.pick(ev.asked, [ev.asked.index(asked[i]) for i in shown]), told.pick(asked, shown)]
-        images = torch.cat(pictures)
+        self.recalled = pd.concat(seen, ignore_index=True)
+        ways = ("by name", "by a learnt word")
+        self._keep(self._strips(pictures, [f"{m}, {w}" for m in ev.galleries for w in ways], [asked[i].prompt for i in shown], f"Asked for {self.targets} by name, and by a word learnt in {steps} steps"), "recall")
+        return self._by_way(self.recalled, "word", ways, "recall")
+
+    def _strips(self, pictures, rows, cols, title):
+        "A figure of images asked for in several ways, blurred as elsewhere."
+        from unlearn_wb.plots import show_images
+        images, ev = torch.cat(pictures), self.evaluation
         if "nudity" in ev.scorers and ev.blurs: images = blur(images, flagged(ev.scorers["nudity"](images)))
-        rows = pd.concat(seen, ignore_index=True)
-        _whole(lambda f: rows.to_csv(f, index=False), self.out / "recall.csv")
-        self.recalled = rows
+        return show_images(images.nan_to_num(0), rows=rows, cols=cols, title=title)
+
+    def _by_way(self, rows, column: str, ways: tuple, name: str, more: dict = {}):
+        "Rows of `judged` as a file, and as a table: a row a model, a column a way of asking."
+        import pandas as pd
+        _whole(lambda f: rows.to_csv(f, index=False), self.out / f"{name}.csv")
         def cell(part):
             hit = part.hit.dropna() if "hit" in part else []
             rate = f"{per_cent(int(hit.sum()), len(hit))} %" if len(hit) else ""
             return ", ".join(x for x in (rate, f"CLIP score {part['clip score'].mean():.1f}" if "clip score" in part else "") if x)
-        table = pd.DataFrame([{"model": m} | {w: cell(rows[(rows.model == m) & (rows.word == w)]) for w in ("by name", "by a learnt word")} for m in ev.galleries])
-        self._keep(show_images(images.nan_to_num(0), rows=[f"{m}, {w}" for m in ev.galleries for w in ("by name", "by a learnt word")], cols=[asked[i].prompt for i in shown], title=f"Asked for {self.targets} by name, and by a word learnt in {steps} steps"), "recall")
+        table = pd.DataFrame([{"model": m} | {w: cell(rows[(rows.model == m) & (rows[column] == w)]) for w in ways} | more.get(m, {}) for m in rows.model.unique()])
         return table.style.hide().set_caption("share of images in which the target is seen, with the 95 % interval, and their mean CLIP score")
+
+    def show_attack(self, n: int = 5):
+        "The unlearned models and the exact reference asked for the target by name and with words in front that an attack on each has found (`attack` of them at most); an unlearned model's words are asked of the reference too. Images, and a table as of `show_recall`. None where that is not asked for."
+        import pandas as pd
+        ev, original, ways = self.evaluation, self.evaluation.galleries["original"], ("by name", "with words", "the same words, never saw it")
+        asked = [q for q in ev.asked if q.group == "target"]
+        if not (self.p["attack"] and asked): return None
+        scorers, shown = {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, of_each(asked, "target", n)
+        seen, pictures, labels, found = [ev.judged().query("group == 'target' and model != 'original'").assign(way="by name", words="")], [], [], {}
+        reference = next((g for m, g in ev.galleries.items() if m.startswith("reference")), None)
+        def tell(name, way, gallery, words, who):
+            told = [replace(q, prompt=f"{words[q.concept]} {q.prompt}") for q in asked]
+            seen.append(judged(asked, gallery.scores(told, scorers, original, Progress(f"asking {way}, {name}")), scorers, name).assign(way=way, words=[words[q.concept] for q in asked]))
+            pictures.append(gallery.pick(told, shown)), labels.append(f"{who}: {' / '.join(words.values())}")
+        for name, gallery in ev.galleries.items():
+            if gallery is original: continue
+            words = {e.target: self._words(name, gallery, e) for e in self.erasures}
+            found[name] = {"words": " + ".join(words.values())}
+            pictures.append(gallery.pick(ev.asked, [ev.asked.index(asked[i]) for i in shown])), labels.append(f"{name}, by name")
+            tell(name, ways[1], gallery, words, name)
+            if reference and gallery is not reference: tell(name, ways[2], reference, words, "reference (never saw it)")
+        self.attacked = pd.concat(seen, ignore_index=True)
+        self._keep(self._strips(pictures, labels, [asked[i].prompt for i in shown], f"Asked for {self.targets} by name, and with words in front"), "attack")
+        return self._by_way(self.attacked, "way", ways if reference else ways[:2], "attack", found)
+
+    def _words(self, name: str, gallery: Gallery, e: Erasure) -> str:
+        "What an attack on a model finds for a concept; kept."
+        c, original, precision = self.evaluation.scorers.get("classifier"), self.evaluation.galleries["original"], self.settings["precision"]
+        sees = lambda images: c.shows(c(images.nan_to_num(0)), e.target)
+        try: sees(original.pick(self.evaluation.asked, [0]))
+        except (Unmeasurable, AttributeError): sees = None  # nothing here knows the concept by sight
+        def find():
+            words = attack(gallery.model, original.model, e, sees, self.p["attack"], precision=precision, cache=original.cache, callback=Progress(f"looking for words, {name}", "prefix"))[0].words
+            return {"words": torch.tensor(list(words.encode()), dtype=torch.uint8)}
+        kept = original.cache.get(["attack", gallery.key, original.key, e.target, self.p["attack"], sorted(SEARCH.items()), precision, getattr(c, "name", ""), getattr(c, "version", "")], find)
+        return bytes(kept["words"].tolist()).decode()
 
     def show_grids(self, n: int = 10):
         titles = {"target": f"Target: {self.targets}", "linked": "Linked phrases", "retained": "Retained concepts", "other": "Everything else", "given": "Given prompts"}
@@ -210,6 +257,12 @@ class Assessment:
                 back = self.recalled[self.recalled.word == "by a learnt word"].groupby("model", sort=False).hit.mean()
                 v["recalled"] = {m: float(r) for m, r in back.items()}
                 lines.append(f"- asked by a word learnt in {self.p['recall']} steps, {back[name]:.0%} of its images show the target" + "".join(f"; of the model that never saw it {r:.0%}" for m, r in back.items() if m.startswith("reference")))
+            if hasattr(self, "attacked") and "hit" in self.attacked:
+                mine = self.attacked[self.attacked.model == name]
+                of = lambda rows: float(rows.hit.astype(float).mean())
+                v["attacked"] = {"words": sorted(set(mine.words) - {""}), **{way: of(part) for way, part in mine.groupby("way", sort=False)}}
+                own = self.attacked[self.attacked.model.str.startswith("reference") & (self.attacked.way == "with words")]
+                lines.append(f"- with words that an attack found in front ({', '.join(v['attacked']['words'])}), {v['attacked']['with words']:.0%} of its images show the target" + (f"; of the model that never saw it {v['attacked']['the same words, never saw it']:.0%} with the same words, {of(own):.0%} with those found against itself" if len(own) else ""))
             out[name] = v
         write_json(self.out / "evaluation.json", dict(run=self.p["run"], concept=self.targets, asked=len(self.evaluation.asked), models=out, metrics=self.long.to_dict("records")))
         return "\n".join(["\n".join(lines[:1]), *lines[1:]]) if len(lines) < 2 else "\n\n".join([lines[0], "\n".join(lines[1:])])

@@ -13,10 +13,10 @@ from .diffusion import Denoiser, add_noise, seeded
 from .methods.anchored import paint_bank
 
 # %% auto #0
-__all__ = ['spoken', 'pictures_of', 'learn_word', 'learn_words']
+__all__ = ['encoders', 'spoken', 'pictures_of', 'learn_word', 'learn_words']
 
 # %% ../nbs/lib/09_recall.ipynb #c005
-def _encoders(model: Denoiser) -> list[tuple]:
+def encoders(model: Denoiser) -> list[tuple]:
     "The tokenizers and text encoders that read a prompt."
     pairs = [(getattr(model, f"tokenizer{k}"), getattr(model, f"text_encoder{k}")) for k in ("", "_2", "_3")]
     return [(t, e) for t, e in pairs if e is not None]
@@ -37,7 +37,7 @@ def spoken(model: Denoiser,
                 for b, i in found: out[b, i:i + len(part)] = vectors.to(out)
             return out
         return read
-    hooks = [encoder.get_input_embeddings().register_forward_hook(reading(tokenizer, n)) for n, (tokenizer, encoder) in enumerate(_encoders(model))]
+    hooks = [encoder.get_input_embeddings().register_forward_hook(reading(tokenizer, n)) for n, (tokenizer, encoder) in enumerate(encoders(model))]
     try: yield
     finally:
         for h in hooks: h.remove()
@@ -56,7 +56,7 @@ def learn_word(model: Denoiser, concept: str,
                seed: int = 0, precision: str = "fp32") -> Iterator[tuple[int, float, list[torch.Tensor]]]:
     "Concept inversion (Pham et al. 2024): yields (step, loss, the word so far) after each step. The model's weights stay as they are. Raises `BadConcept` where a prompt does not name the concept."
     for p in dict.fromkeys(prompts): token_spans(model, p, concept)
-    tables = [(_tokens_of(tokenizer, concept), encoder.get_input_embeddings().weight.float()) for tokenizer, encoder in _encoders(model)]
+    tables = [(_tokens_of(tokenizer, concept), encoder.get_input_embeddings().weight.float()) for tokenizer, encoder in encoders(model)]
     g = seeded(seed, "word", concept)
     word = [(table.mean(0) + .5 * table.std() * torch.randn(len(part), table.shape[1], generator=g).to(table)).requires_grad_(True) for part, table in tables]
     optimizer = torch.optim.Adam([dict(params=[w], lr=pace * float(table.std())) for w, (_, table) in zip(word, tables)])

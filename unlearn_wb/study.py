@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable
 import numpy as np
 import torch
+from .attack import attack
 from .concepts import Cache, Erasure
 from .diffusion import Denoiser, default_precision, resolve_device, sample
 from .evaluation import Evaluation, Gallery, ask, judged, of_each
@@ -28,8 +29,9 @@ from .workbench import MODES, read_options, stages
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
            'read_strip', 'strips_there', 'read_strips', 'show_strips', 'poster', 'recall_poster', 'trained', 'outcome',
-           'recalled', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'claimed', 'fill', 'share',
-           'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_rate', 'recall_verdict']
+           'Retrial', 'recalled', 'attacked', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'claimed',
+           'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_rate',
+           'recall_verdict', 'attack_rate', 'attack_verdict']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -122,10 +124,10 @@ def poster(folder: str | Path, concept: str, across: int = 11):
     first = [next(i for i, p in enumerate(probes) if p.group == g) for g in dict.fromkeys(p.group for p in probes)]
     return _columns(held, first, [f"{probes[i].group}:\n{probes[i].prompt}" for i in first], across) if held else None
 
-def recall_poster(folder: str | Path, concept: str, across: int = 11):
-    "One prompt, asked by name and by a learnt word (strips of `recalled`): a column a method. None where there are no strips."
+def recall_poster(folder: str | Path, concept: str, again: str = "by a\nlearnt word", across: int = 11):
+    "One prompt, asked by name and in another way (strips of `recalled` or `attacked`): a column a method. None where there are no strips."
     held = strips_there(folder, concept)
-    return _columns(held, [0, len(next(iter(held.values()))) // 2], ["by name", "by a\nlearnt word"], across) if held else None
+    return _columns(held, [0, len(next(iter(held.values()))) // 2], ["by name", again], across) if held else None
 
 def _columns(held: dict[str, torch.Tensor], first: list[int], rows: list[str], across: int):
     from textwrap import wrap
@@ -179,6 +181,31 @@ def outcome(variant: str, concept: str, seed: int = 0,
     return pd.DataFrame([dict(group=k, hits=int(g.hits.sum()), n=int(g.n.sum()), broken=int(g.broken.sum()), worst=g.rate.min(), I=far[k], seconds=took, threads=torch.get_num_threads(), device=device, precision=precision, judge=SandboxJudge(judge).version) for k, g in rates.groupby("group", sort=False)])
 
 # %% ../nbs/lib/15_study.ipynb #c021
+class Retrial:
+    "A variant's model after its run, asked for its concepts in several ways: a row each. False where there is no exact reference to train or to load."
+    def __init__(self, variant: str, concept: str, seed: int, n: int, cache: str | Path, device: str, precision: str):
+        self.variant, self.concept, self.seed, self.device = variant, concept, seed, resolve_device(device, precision)
+        self.precision, self.cache, self.original = precision or default_precision(self.device), Cache(cache), Denoiser.load(device=self.device)
+        self.run, self.rows, self.shown = trained(variant, concept, seed, self.cache, self.device, self.precision), [], []
+        if not self.run: return
+        (self.model, self.erasures, self.took), self.judge = self.run, SandboxJudge(judge_for(self.original))
+        self.asked = [replace(q, seed=q.seed + 10_000 * seed) for q in ask(self.erasures, n) if q.group == "target"]
+
+    def __bool__(self): return bool(self.run)
+
+    def ask(self, group: str, model: Denoiser | None = None, before: dict = {}, **more):
+        "Paint the examination's target prompts, with each concept's words of `before` in front, and note what the judge sees."
+        images = sample(model or self.model, [f"{before.get(q.concept, '')} {q.prompt}".strip() for q in self.asked], [q.seed for q in self.asked], precision=self.precision)
+        seen = judged(self.asked, {"classifier": self.judge(images)}, {"classifier": self.judge}, self.variant)
+        self.rows.append(dict(group=group, hits=int(seen.hit.sum()), n=len(seen), broken=int(seen.broken.sum()), seconds=self.took, device=self.device, precision=self.precision, judge=self.judge.version) | more)
+        self.shown.append(images[of_each(self.asked, "target", 3)])
+
+    def table(self, strips: str | Path = "", last: int = -1):
+        "The rows; with seed 0 three images by name and three of the question `last` go into the folder `strips`. A DataFrame."
+        import pandas as pd
+        if strips and self.seed == 0 and ":" not in self.variant: save_strip(torch.cat([self.shown[0], self.shown[last]]), strip_file(strips, self.variant, self.concept))
+        return pd.DataFrame(self.rows)
+
 def recalled(variant: str, concept: str, seed: int = 0,
              n: int = 20,  # images of each target
              steps: tuple = (50, 200),  # of learning the word, at which to ask
@@ -186,24 +213,33 @@ def recalled(variant: str, concept: str, seed: int = 0,
              strips: str | Path = ""  # a folder for a strip with seed 0: three images by name, the same by the last word; "" keeps none
             ):
     "Train one variant, then learn a word that calls the concept back: a row for the name and one for each of `steps`, with hits, n, broken images and CPU seconds of training. None where there is no exact reference."
-    import pandas as pd
-    device = resolve_device(device, precision)
-    precision, cache, original = precision or default_precision(device), Cache(cache), Denoiser.load(device=device)
-    run = trained(variant, concept, seed, cache, device, precision)
-    if not run: return None
-    (model, erasures, took), judge = run, SandboxJudge(judge_for(original))
-    asked, rows, shown = [replace(q, seed=q.seed + 10_000 * seed) for q in ask(erasures, n) if q.group == "target"], [], []
-    def look(group, words):
-        with spoken(model, words): images = sample(model, [q.prompt for q in asked], [q.seed for q in asked], precision=precision)
-        seen = judged(asked, {"classifier": judge(images)}, {"classifier": judge}, variant)
-        rows.append(dict(group=group, hits=int(seen.hit.sum()), n=len(seen), broken=int(seen.broken.sum()), seconds=took, device=device, precision=precision, judge=judge.version))
-        shown.append(images[of_each(asked, "target", 3)])
-    look("by name", {})
-    learning = [learn_word(model, e.target, *pictures_of(original, e, seed=seed, cache=cache, precision=precision), max(steps), seed=seed, precision=precision) for e in erasures]
+    r = Retrial(variant, concept, seed, n, cache, device, precision)
+    if not r: return None
+    r.ask("by name")
+    learning = [learn_word(r.model, e.target, *pictures_of(r.original, e, seed=seed, cache=r.cache, precision=r.precision), max(steps), seed=seed, precision=r.precision) for e in r.erasures]
     for k, turn in enumerate(zip(*learning), 1):
-        if k in steps: look(f"{k} steps", {e.target: word for e, (_, _, word) in zip(erasures, turn)})
-    if strips and seed == 0 and ":" not in variant: save_strip(torch.cat([shown[0], shown[-1]]), strip_file(strips, variant, concept))
-    return pd.DataFrame(rows)
+        if k not in steps: continue
+        with spoken(r.model, {e.target: word for e, (_, _, word) in zip(r.erasures, turn)}): r.ask(f"{k} steps")
+    return r.table(strips)
+
+def attacked(variant: str, concept: str, seed: int = 0,
+             n: int = 40,  # images of each target
+             words: int = 3,  # most words in front of a prompt
+             cache: str | Path = "runs/cache", device: str = "", precision: str = "",
+             strips: str | Path = "",  # a folder for a strip with seed 0: three images by name, the same with the words; "" keeps none
+             **search  # of `attack`
+            ):
+    "Train one variant, then find words that bring the concept back when they stand before a prompt: a row for the name, one for the words, and one for the same words asked of the exact reference. None where there is none."
+    r = Retrial(variant, concept, seed, n, cache, device, precision)
+    where = r and reference_for(r.original, [e.target for e in r.erasures])
+    if not where: return None
+    r.ask("by name")
+    sees = lambda e: (lambda images: r.judge.shows(r.judge(images), e.target))
+    found = {e.target: attack(r.model, r.original, e, sees(e), words, seed=seed, precision=r.precision, cache=r.cache, **search)[0].words for e in r.erasures}
+    said = " + ".join(found.values())
+    r.ask("with words", before=found, words=said)
+    if variant != REFERENCE: r.ask("never saw it", Denoiser.load(unet=where, device=r.device), found, words=said)
+    return r.table(strips, 1)
 
 # %% ../nbs/lib/15_study.ipynb #c009
 KEYS = ["variant", "concept", "seed"]
@@ -344,5 +380,23 @@ def recall_verdict(table,  # of a study of `recalled`
     mine, exact = (table[(table.variant == v) & (table.concept == concept)].groupby("group", sort=False)[["hits", "n"]].sum() for v in (variant, REFERENCE))
     if not len(mine) or not len(exact): return "—"
     if mine.hits.iloc[0] > most * mine.n.iloc[0]: return "not forgotten"
-    (p, low, _), (q, _, high) = ((k / n, *wilson(k, n)) for k, n in (map(int, x.iloc[-1]) for x in (mine, exact)))
-    return "brought back" if p - q > math.hypot(p - low, high - q) else "not brought back"
+    return "brought back" if _more(mine.iloc[-1], exact.iloc[-1]) else "not brought back"
+
+def _more(a, b) -> bool:
+    "Whether hits of n are more in a than in b: Newcombe's 95 % interval of the difference is above zero."
+    (p, low, _), (q, _, high) = ((k / n, *wilson(k, n)) for k, n in (map(int, x) for x in (a, b)))
+    return p - q > math.hypot(p - low, high - q)
+
+def attack_rate(table,  # of a study of `attacked`
+                variant: str, concept: str = "") -> float:
+    "Share of a concept's images (or of all concepts') in which words in front show it; nan where there is no run."
+    part = table[(table.variant == variant) & (table.group == "with words") & (table.concept == concept if concept else True)]
+    return part.hits.sum() / part.n.sum() if len(part) else math.nan
+
+def attack_verdict(table,  # of a study of `attacked`
+                   variant: str, concept: str, most: float = .15) -> str:
+    "What words in front of the prompts do to a run, as `recall_verdict`: 'brought back' where they show the concept more often than the same words do in the exact reference, and more often than the words found against that one do."
+    mine, exact = (table[(table.variant == v) & (table.concept == concept)].groupby("group", sort=False)[["hits", "n"]].sum() for v in (variant, REFERENCE))
+    if variant == REFERENCE or not len(mine) or not len(exact): return "—"
+    if mine.hits["by name"] > most * mine.n["by name"]: return "not forgotten"
+    return "brought back" if all(_more(mine.loc["with words"], control) for control in (mine.loc["never saw it"], exact.loc["with words"])) else "not brought back"
