@@ -221,9 +221,9 @@ class Assessment:
     def _words(self, name: str, gallery: Gallery, e: Erasure) -> str:
         "What an attack on a model finds for a concept; kept."
         c, original, precision = self.evaluation.scorers.get("classifier"), self.evaluation.galleries["original"], self.settings["precision"]
-        sees = lambda images: c.shows(c(images.nan_to_num(0)), e.target)
-        try: sees(original.pick(self.evaluation.asked, [0]))
-        except (Unmeasurable, AttributeError): sees = None  # nothing here knows the concept by sight
+        sees = c and (lambda images: c.shows(c(images.nan_to_num(0)), e.target))
+        try: c and sees(original.pick(self.evaluation.asked, [0]))
+        except Unmeasurable: sees = None  # it does not know the concept by sight
         def find():
             words = attack(gallery.model, original.model, e, sees, self.p["attack"], precision=precision, cache=original.cache, callback=Progress(f"looking for words, {name}", "prefix"))[0].words
             return {"words": torch.tensor(list(words.encode()), dtype=torch.uint8)}
@@ -257,9 +257,9 @@ class Assessment:
                 back = self.recalled[self.recalled.word == "by a learnt word"].groupby("model", sort=False).hit.mean()
                 v["recalled"] = {m: float(r) for m, r in back.items()}
                 lines.append(f"- asked by a word learnt in {self.p['recall']} steps, {back[name]:.0%} of its images show the target" + "".join(f"; of the model that never saw it {r:.0%}" for m, r in back.items() if m.startswith("reference")))
-            if hasattr(self, "attacked") and "hit" in self.attacked:
+            if hasattr(self, "attacked") and "hit" in self.attacked and self.attacked.hit.notna().any():
                 mine = self.attacked[self.attacked.model == name]
-                of = lambda rows: float(rows.hit.astype(float).mean())
+                of = lambda rows: float(rows.hit.dropna().astype(float).mean())
                 v["attacked"] = {"words": sorted(set(mine.words) - {""}), **{way: of(part) for way, part in mine.groupby("way", sort=False)}}
                 own = self.attacked[self.attacked.model.str.startswith("reference") & (self.attacked.way == "with words")]
                 lines.append(f"- with words that an attack found in front ({', '.join(v['attacked']['words'])}), {v['attacked']['with words']:.0%} of its images show the target" + (f"; of the model that never saw it {v['attacked']['the same words, never saw it']:.0%} with the same words, {of(own):.0%} with those found against itself" if len(own) else ""))
