@@ -354,6 +354,7 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(run, tmp_path, model):
     with pytest.raises(ValueError, match="unknown metric 'FDI'; did you mean 'FID'"): Assessment({**EVALUATE, "run": str(run), "metrics": "ACC, FDI"})
     with pytest.raises(ValueError, match="recall = -1; a number of steps is needed"): Assessment({**EVALUATE, "run": str(run), "recall": -1, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="attack = -1; a number of words is needed"): Assessment({**EVALUATE, "run": str(run), "attack": -1, "out_dir": str(tmp_path / "o")})
+    with pytest.raises(ValueError, match="attack = 30; beside the longest prompt of the target the text encoder has room for 1[0-9] words"): Assessment({**EVALUATE, "run": str(run), "attack": 30, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="unknown protocol 'smp'; did you mean 'spm'"): Assessment({**EVALUATE, "run": str(run), "protocol": "smp", "out_dir": str(tmp_path / "o")})
 
 

@@ -91,6 +91,8 @@ class Assessment:
         other = [c.name for c in self.candidates if c.config and not p["concept"] and {e["target"] for e in c.config["erasures"]} != {e.target for e in self.erasures}]
         if other: raise BadRun(f"run '{other[0]}' forgot something else than '{' + '.join(e.target for e in self.erasures)}'; evaluate runs of one concept together, or name the concept")
         asked = ask(self.erasures, n) if p["own_prompts"] and self.erasures else []
+        longest = max(len(ids) for ids in base.tokenizer([q.prompt for q in asked if q.group == "target"] or [""]).input_ids)
+        if p["attack"] > (room := max(0, base.max_tokens - longest)): raise ValueError(f"attack = {p['attack']}; beside the longest prompt of the target the text encoder has room for {room} words; give at most that, or 0 to leave it out")
         self.notes = []
         if p["prompts"]: asked = asked + read_prompts(p["prompts"], self.notes.append)
         cut = count_cut(base, asked)

@@ -5,8 +5,8 @@
 # %% ../nbs/lib/09_attack.ipynb #c002
 from __future__ import annotations
 from contextlib import contextmanager
-from typing import Callable, NamedTuple
 from inspect import signature
+from typing import Callable, NamedTuple
 import torch
 from .concepts import Cache, Erasure
 from .diffusion import Denoiser, add_noise, sample, seeded

@@ -224,10 +224,9 @@ def recalled(variant: str, concept: str, seed: int = 0,
 
 def attacked(variant: str, concept: str, seed: int = 0,
              n: int = 40,  # images of each target
-             words: int = 3,  # most words in front of a prompt
              cache: str | Path = "runs/cache", device: str = "", precision: str = "",
              strips: str | Path = "",  # a folder for a strip with seed 0: three images by name, the same with the words; "" keeps none
-             **search  # of `attack`
+             **search  # words, pictures, beam, ...: of `attack`
             ):
     "Train one variant, then find words that bring the concept back when they stand before a prompt: a row for the name, one for the words, and one for the same words asked of the exact reference. None where there is none."
     r = Retrial(variant, concept, seed, n, cache, device, precision)
@@ -235,7 +234,7 @@ def attacked(variant: str, concept: str, seed: int = 0,
     if not where: return None
     r.ask("by name")
     sees = lambda e: (lambda images: r.judge.shows(r.judge(images), e.target))
-    found = {e.target: attack(r.model, r.original, e, sees(e), words, seed=seed, precision=r.precision, cache=r.cache, **search)[0].words for e in r.erasures}
+    found = {e.target: attack(r.model, r.original, e, sees(e), seed=seed, precision=r.precision, cache=r.cache, **search)[0].words for e in r.erasures}
     said = " + ".join(found.values())
     r.ask("with words", before=found, words=said)
     if variant != REFERENCE: r.ask("never saw it", Denoiser.load(unet=where, device=r.device), found, words=said)
