@@ -12,7 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = dict(iterations=12, warmup=4, num_images=8, eval_images=2, batch_size=4)
 os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches
-torch.set_num_threads(1)  # bits depend on it
+torch.set_num_threads(1)  # bits depend on it,
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start as well
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
