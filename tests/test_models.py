@@ -34,6 +34,36 @@ def test_an_image_does_not_depend_on_the_batch():
     assert (together - apart).abs().max() < 2e-3 and (together - in_twos).abs().max() < 2e-3
 
 
+def test_large_images_are_painted_and_decoded_a_few_at_a_time(monkeypatch):
+    "48 pictures of 512 pixels at once need more memory than any GPU has."
+    pipe, asked, decoded = tiny_pipeline(), [], []
+    pipe.unet.register_to_config(sample_size=64)
+    model = Denoiser.of(pipe, "large")  # images of 128 pixels from latents of 64
+    ask, decode = model.eps, pipe.vae.decode
+    monkeypatch.setattr(model, "eps", lambda x, t, c: asked.append(len(x)) or ask(x, t, c))
+    monkeypatch.setattr(pipe.vae, "decode", lambda z: decoded.append(len(z)) or decode(z))
+    images = sample(model, ["a cat"] * 20, range(20), steps=1, guidance=1)
+    assert asked == [16, 4] and images.shape == (20, 3, 128, 128)
+    assert decoded == [4] * 5 and model.encode(images).shape == (20, 4, 64, 64)
+
+
+def test_painting_goes_on_with_fewer_images_when_memory_runs_out(monkeypatch, capsys):
+    model, done = Denoiser.of(tiny_pipeline(), "tiny"), []
+    paint = lambda: sample(model, [f"{k} cats" for k in range(7)], range(7), steps=2, callback=lambda k, n: done.append((k, n)))
+    whole = paint()
+    ask = model.eps
+    def tight(x, t, c):
+        if len(x) > 6: raise torch.OutOfMemoryError("full")  # three images, each asked with and without its prompt
+        return ask(x, t, c)
+    monkeypatch.setattr(model, "eps", tight)
+    done.clear()
+    assert torch.allclose(paint(), whole, atol=1e-5) and done == [(3, 7), (6, 7), (7, 7)]
+    assert "painting goes on with 3 at a time" in capsys.readouterr().out
+    def hopeless(x, t, c): raise torch.OutOfMemoryError("full")
+    monkeypatch.setattr(model, "eps", hopeless)
+    with pytest.raises(torch.OutOfMemoryError): paint()
+
+
 def test_fingerprint_notices_one_weight():
     model = Denoiser(tiny_pipeline(), "tiny")
     before = model.fingerprint()

@@ -182,6 +182,20 @@ def test_sigterm_finishes_the_step_saves_and_leaves(tmp_path, whole, resumed):
     assert "resuming after step" in resumed(folder) and same(final(folder), whole)
 
 
+def test_checkpoints_that_take_too_long_are_written_less_often(tmp_path, whole, monkeypatch):
+    from unlearn_wb import workbench
+    from unlearn_wb.runs import Run
+    steps, save = [], Run.save_checkpoint
+    def slow(self, step, *more):
+        steps.append(step)
+        time.sleep(.2)
+        save(self, step, *more)
+    monkeypatch.setattr(Run, "save_checkpoint", slow)
+    monkeypatch.setattr(workbench, "SPARE", (.1, 0.))
+    train(tmp_path / "run")
+    assert steps == [3, 12] and same(final(tmp_path / "run"), whole)  # what was spent at step 3 is more than all that may be
+
+
 def test_papermill_says_what_is_wrong_with_a_parameter(tmp_path):
     p = papermill(tmp_path, "-p", "conecpt", "Van Gogh")
     assert p.returncode == 1 and "did you mean 'concept'" in p.stderr

@@ -66,7 +66,7 @@ def find_words(model: Denoiser, original: Denoiser,
     eps = torch.randn(latents.shape, generator=g).to(model.device)
     latents = latents.to(model.device)
     x_t = add_noise(latents, eps, model.abar[t])
-    parts = torch.arange(n).split(max(1, 2 ** 14 // latents[0, 0].numel()))  # as many at a time as memory bears: 4 of Stable Diffusion 1.x
+    parts = torch.arange(n).split(model.at_once)
     predict = lambda m, some, told: m.eps(x_t[some], t[some], m.embed([told(prompts[k]) for k in some]))
     with torch.no_grad(), original.autocast(precision): aims = [predict(original, some, str) if goal == "original" else eps[some] for some in parts]
     said = lambda prefix: " ".join(model.tokenizer.decode([k]).strip() for k in prefix)

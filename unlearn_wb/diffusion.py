@@ -161,7 +161,7 @@ class Denoiser:
         for k in ("tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"): setattr(self, k, getattr(pipe, k, None))  # SDXL has two, SD 3 three
         for part in self.parts: part.requires_grad_(False).eval()
         self._schedule()
-        if self.device.type == "cpu" and self.cross_attention:  # plain products: fused attention's bf16 backward is several times slower on CPUs
+        if self.device.type == "cpu" and self.cross_attention and self.latent_shape[1] <= 32:  # plain products: fused attention's bf16 backward is several times slower on CPUs; but of 64 x 64 places they would take half a GiB an image and layer
             from diffusers.models.attention_processor import AttnProcessor
             self.unet.set_attn_processor(AttnProcessor())
 
@@ -216,6 +216,8 @@ class Denoiser:
     def latent_shape(self): return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
     @property
     def image_size(self): return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+    @property
+    def at_once(self): return max(1, 2 ** 14 // self.latent_shape[1] ** 2)  # images that may go through together while a graph is kept, or through the VAE: 4 of Stable Diffusion 1.x; four times as many without
     @property
     def _shift(self): return getattr(self.vae.config, "shift_factor", None) or 0.
     @property
@@ -327,13 +329,14 @@ class Denoiser:
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         "Images (N,3,H,W) in [0,1] to latents (N,C,h,w) of about unit variance."
-        with self._here(self.vae): return self.vae.encode(images.to(self.device, self.dtype) * 2 - 1).latent_dist.mean.float().sub(self._shift) * self.vae.config.scaling_factor
+        with self._here(self.vae): parts = [self.vae.encode(x.to(self.device, self.dtype) * 2 - 1).latent_dist.mean for x in images.split(self.at_once)]
+        return torch.cat(parts).float().sub(self._shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        "Latents (N,C,h,w) to images (N,3,H,W) in [0,1], float32 on the CPU."
-        with self._here(self.vae): out = self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor + self._shift).sample
-        return (out.float() / 2 + .5).clamp(0, 1).cpu()
+        "Latents (N,C,h,w) to images (N,3,H,W) in [0,1], float32 on the CPU; a few at a time, for decoding takes hundreds of times an image's memory."
+        with self._here(self.vae): parts = [self.vae.decode(z.to(self.device, self.dtype) / self.vae.config.scaling_factor + self._shift).sample.cpu() for z in latents.split(self.at_once)]
+        return (torch.cat(parts).float() / 2 + .5).clamp(0, 1)
 
 # %% ../nbs/lib/01_diffusion.ipynb #c025
 @torch.no_grad()
@@ -369,17 +372,26 @@ def sample(model: Denoiser,
            seeds: list[int],  # one an image
            steps: int = 15,  # DPM-Solver++ steps
            guidance: float = 4.,  # guidance scale w; 1 asks once, without the empty prompt
-           batch: int = 48,  # images at a time
+           batch: int = 48,  # most images at a time; of large ones fewer (16 of 512 pixels), and half as many each time memory runs out
            precision: str = "fp32",  # fp32 or bf16
            decode: bool = True,  # False leaves the latents (N,C,h,w) as they are
            callback=None  # called as callback(images done, images in all)
           ) -> torch.Tensor:  # (N,3,H,W) in [0,1], on the CPU
     "Paint one image for each prompt and seed."
-    out, c_null = [], model.embed([""])
-    for i in range(0, len(prompts), batch):
-        *_, (_, x, _) = denoise(model, starting_noise(model, seeds[i:i + batch]), embed_each(model, prompts[i:i + batch]), c_null, steps, guidance, precision)
-        out.append(model.decode(x) if decode else x.cpu())
-        if callback: callback(min(i + batch, len(prompts)), len(prompts))
+    out, c_null, done = [], model.embed([""]), 0
+    batch = min(batch, len(prompts), 4 * model.at_once)
+    while done < len(prompts):
+        some = slice(done, done + batch)
+        try:
+            *_, (_, x, _) = denoise(model, starting_noise(model, seeds[some]), embed_each(model, prompts[some]), c_null, steps, guidance, precision)
+            out.append(model.decode(x) if decode else x.cpu())
+        except torch.OutOfMemoryError:
+            if batch == 1: raise
+            batch //= 2
+            print(f"out of memory: painting goes on with {batch} at a time", flush=True)
+            continue
+        done = min(done + batch, len(prompts))
+        if callback: callback(done, len(prompts))
     return torch.cat(out)
 
 def embed_each(model: Denoiser, prompts: list[str]) -> torch.Tensor:

@@ -87,7 +87,7 @@ class Gallery:
         return torch.stack([held[i // self.chunk][i % self.chunk] for i in which])
 
     def scores(self, asked: list[Probe], scorers: dict, original: "Gallery", callback=None) -> dict[str, torch.Tensor]:
-        "What each scorer saw: role -> (N,k). A part that was scored before is neither painted nor scored again."
+        "What each scorer saw: role -> (N,k). A part that was scored before is neither painted nor scored again; where nobody scores, all are painted, to be looked at."
         out, done = {role: [] for role in scorers}, 0
         for part in self.parts(asked):
             held = {}
@@ -97,6 +97,7 @@ class Gallery:
             for role, s in scorers.items():
                 key = ["scores", s.name, getattr(s, "version", ""), self.where(part), original.where(part) if role == "distance" else ""]
                 out[role].append(self.cache.get(key, lambda: {"rows": s(look(self), look(original) if role == "distance" else None)})["rows"])
+            if not scorers: look(self)
             done += len(part)
             if callback: callback(done, len(asked))
         return {role: torch.cat(rows) for role, rows in out.items()}

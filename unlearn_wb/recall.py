@@ -66,7 +66,7 @@ def learn_word(model: Denoiser, concept: str,
         eps = torch.randn(batch, *model.latent_shape, generator=g).to(model.device)
         optimizer.zero_grad()
         total = 0.
-        for some in torch.arange(batch).split(max(1, 2 ** 14 // latents[0, 0].numel())):  # as many at a time as memory bears: 4 of Stable Diffusion 1.x
+        for some in torch.arange(batch).split(model.at_once):
             with torch.enable_grad(), spoken(model, {concept: word}):
                 c = model.embed([prompts[k] for k in i[some]])
                 with model.autocast(precision): loss = F.mse_loss(model.eps(add_noise(latents[i[some]], eps[some], model.abar[t[some]]), t[some], c), eps[some]) * len(some) / batch

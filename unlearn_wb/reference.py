@@ -45,7 +45,7 @@ def prediction_gap(a: Denoiser, b: Denoiser,
     x_t, t, _ = _noised(a, latents.to(a.device), draws, seed)
     states, out = [embed_each(m, prompts) for m in (a, b)], []
     for x, k in zip(x_t, t):
-        for i in torch.arange(len(x)).split(64):
+        for i in torch.arange(len(x)).split(min(64, 4 * a.at_once)):
             with a.autocast(precision): out.append((a.eps(x[i], k[i], states[0][i]) - b.eps(x[i], k[i], states[1][i])).abs().mean((1, 2, 3)))
     return torch.cat(out).view(draws, -1).mean(0).cpu()
 
@@ -60,7 +60,7 @@ def bound(model: Denoiser,
     x_t, t, _ = _noised(model, latents, draws, seed)
     snr, states, out = model.abar / (1 - model.abar), embed_each(model, prompts), []
     for x, k in zip(x_t, t):
-        for i in torch.arange(len(x)).split(64):
+        for i in torch.arange(len(x)).split(min(64, 4 * model.at_once)):
             with model.autocast(precision): eps = model.eps(x[i], k[i], states[i])
             error = (latents[i] - x0_hat(x[i], eps, model.abar[k[i]])).square().mean((1, 2, 3))
             out.append((snr[k[i] - 1] - snr[k[i]]) / 2 * (len(model.abar) - 1) * error)

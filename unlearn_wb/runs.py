@@ -123,11 +123,11 @@ class Run:
         for left in final.parent.glob(".part-*"): shutil.rmtree(left)  # by a run that was killed
         part = final.with_name(f".part-{step}")
         part.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / "state.safetensors")
+        save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, part / "state.safetensors")
         (part / "trace.json").write_text(json.dumps(rows))
         sums = {}
         for f in sorted(part.iterdir()):
-            sums[f.name] = hashlib.sha256(f.read_bytes()).hexdigest()
+            sums[f.name] = _sha256(f)
             _sync(f)
         (part / "manifest.json").write_text(json.dumps({"step": step, "sha256": sums}))
         _sync(part / "manifest.json")
@@ -145,7 +145,7 @@ class Run:
             try:
                 manifest = json.loads((folder / "manifest.json").read_text())
                 for name, want in manifest["sha256"].items():
-                    if hashlib.sha256((folder / name).read_bytes()).hexdigest() != want: raise ValueError(f"{name} does not match its sha256")
+                    if _sha256(folder / name) != want: raise ValueError(f"{name} does not match its sha256")
                 return load_file(folder / "state.safetensors"), json.loads((folder / "trace.json").read_text())
             except (OSError, ValueError, KeyError) as e: report(f"checkpoint {folder.name} is damaged ({e}); using the one before it")
         return None
@@ -184,6 +184,9 @@ class Run:
         return fig
 
     def report(self) -> dict: return json.loads((self.folder / "report.json").read_text())
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _sync(path: Path):
     fd = os.open(path, os.O_RDONLY)

@@ -23,7 +23,7 @@ from .scopes import choose, load_changed
 from .widgets import Progress, Watch
 
 # %% auto #0
-__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'stages', 'read_options', 'alerts', 'Experiment']
+__all__ = ['COMMON', 'PARAMETERS', 'WHAT', 'MODES', 'SPARE', 'stages', 'read_options', 'alerts', 'Experiment']
 
 # %% ../nbs/lib/14_workbench.ipynb #c005
 COMMON = dict(concept="Van Gogh", anchor="", concept_type="", base_model="sandbox", preset="default", iterations=0, batch_size=0, lr=0., combiner="", weight=-1., scope="", images="", retain="", num_images=0,
@@ -65,6 +65,8 @@ def alerts(trace) -> list[str]:
     return out or ["nothing to warn of"]
 
 # %% ../nbs/lib/14_workbench.ipynb #c011
+SPARE = (10., .05)  # what a training's checkpoints may take: so many seconds, and this share of its time
+
 class Experiment:
     "One method, one model, one or several concepts: from parameters to a verdict."
     def __init__(self, p: dict,  # values for `PARAMETERS` or `COMMON`
@@ -142,7 +144,7 @@ class Experiment:
     def _paint(self, model): return sample(model, [q.prompt for q in self._shown], [q.seed for q in self._shown], 10, precision=self.config.precision)
 
     def train(self, every: int = 50):
-        "Train (or solve) every stage to the end; checkpoints every so many steps. SIGTERM or the stop button finish the step, save and leave. The trace, a DataFrame."
+        "Train (or solve) every stage to the end; checkpoints every so many steps, fewer where writing takes too much of the time (`SPARE`). SIGTERM or the stop button finish the step, save and leave. The trace, a DataFrame."
         self._elsewhere()
         for _ in self._stages(every): pass
         return self.run.trace()
@@ -204,14 +206,18 @@ class Experiment:
         watch = self.watch(self.trainer.total, rows, self.trainer, self.before_after)
         watch.open()
         tracker = open_tracker(self.p.get("log_with", ""), self.at.folder, self.run.config, self.trainer.step) if together.rank == 0 and self.trainer.step < self.trainer.total else None
-        warmup = getattr(self.config, "warmup", 0)
+        warmup, began, writing = getattr(self.config, "warmup", 0), time.perf_counter(), 0.
         with leave_on_sigterm() as stop, self.model.parked():
             for step in self.trainer:
                 go_on = watch.update(step) and not stop.requested
                 log_step(tracker, step.row())
                 if together.on: go_on = together.sum(float(not go_on)) == 0  # all leave at the same step
                 if step.index == warmup and hasattr(self.method, "examine") and together.rank == 0: write_json(self.run.folder / "warmup.json", {k: v.tolist() for k, v in self.method.examine().items()})
-                if together.rank == 0 and (step.index % every == 0 or step.done or not go_on): self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
+                now, due = time.perf_counter(), together.rank == 0 and step.index % every == 0
+                if due and writing <= SPARE[0] + SPARE[1] * (now - began) or together.rank == 0 and (step.done or not go_on):
+                    self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
+                    writing += time.perf_counter() - now
+                elif due: self.at.write_trace(watch.rows)
                 if not go_on: break
                 yield watch
         watch.close()

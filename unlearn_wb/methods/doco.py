@@ -124,8 +124,9 @@ class DoCo(Anchored):
     def examine(self, n: int = 128) -> dict[str, torch.Tensor]:
         "D's logits on fresh noise: `anchor` and `target` (n,), averaged over patches, with the timestep `t` of each."
         out = {"anchor": [], "target": [], "t": []}
-        for k in range(0, n, 32):
-            b = self.draw(self.data or self.target_data, -1 - k, "examine", min(32, n - k), self.target_states, self.anchor_states)
+        few = min(32, 4 * self.model.at_once)
+        for k in range(0, n, few):
+            b = self.draw(self.data or self.target_data, -1 - k, "examine", min(few, n - k), self.target_states, self.anchor_states)
             z = self.see(b, self.eps(b))
             for name, v in (("anchor", self.score(self.anchor_view(b), b).mean((1, 2, 3))), ("target", self.score(z, b).mean((1, 2, 3))), ("t", b.t)): out[name].append(v.cpu())
         return {k: torch.cat(v) for k, v in out.items()}
