@@ -102,6 +102,32 @@ def test_missing_models_say_what_they_need(model, monkeypatch):
     assert "facebook/dinov2-base" in scorers_for(model, features="/nowhere/dino")[1]["features"]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_without_a_network_the_hub_is_not_asked(known, monkeypatch):
+    import socket
+    import transformers
+    from huggingface_hub import constants
+    from unlearn_wb.diffusion import BadModel
+    offline, asked = [], []
+    def look_up(host, port):
+        asked.append(host)
+        if not known: raise socket.gaierror("unknown")
+        return [host]
+    def load(*args, **kw):
+        offline.append(constants.HF_HUB_OFFLINE)
+        raise OSError("not there")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", load)
+    with pytest.raises(Missing, match="'me/clip' is neither"): Clip.load("me/clip")
+    assert asked == ["huggingface.co"] and offline == [not known] and not constants.HF_HUB_OFFLINE
+    if not known:
+        with pytest.raises(BadModel, match="'me/model' is not on this machine and the hub cannot be reached"): Denoiser.load("me/model")
+    with pytest.raises(Missing): Clip.load()  # a folder: nobody is asked
+    assert len(asked) == 1 + (not known)
+
+
 def test_any_clip_on_disk_by_its_path_with_its_own_preprocessing(tmp_path):
     shutil.copytree(ROOT / "data/sandbox/clip", tmp_path / "clip")
     shutil.copytree(ROOT / "data/sandbox/base/tokenizer", tmp_path / "clip", dirs_exist_ok=True)
@@ -182,6 +208,12 @@ def test_shuffled_prompts_change_nothing(model, scorers, erasure, tmp_path):
     order = np.random.default_rng(0).permutation(len(asked))
     long = [Evaluation(a, {"original": gallery(model, tmp_path)}, scorers, "painting").table(["ACC", "CS", "CA", "AS"]).set_index(["group", "concept", "metric"]).sort_index() for a in (asked, [asked[i] for i in order])]
     for k in ("value", "low", "high"): assert np.allclose(long[0][k].astype(float), long[1][k].astype(float), atol=2e-3)
+
+
+def test_where_nobody_scores_all_is_painted_to_be_looked_at(model, tmp_path):
+    asked, g, seen = [Probe("target", "van gogh", "a cat by van gogh", k) for k in range(3)], gallery(model, tmp_path, chunk=2), []
+    assert g.scores(asked, {}, g, lambda k, n: seen.append((k, n))) == {} and seen[-1] == (3, 3)
+    assert all(g.cache.has(g.where(part)) for part in g.parts(asked))
 
 
 def test_painting_goes_on_where_it_was_and_paints_nothing_twice(model, scorers, tmp_path, monkeypatch):

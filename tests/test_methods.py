@@ -455,3 +455,22 @@ def test_few_images_reach_every_concept(cache):
         ends = torch.tensor([len(getattr(b, side)) for b in m.banks]).cumsum(0)
         assert torch.bucketize(data.which, ends, right=True).bincount().tolist() == [4, 4, 4], side
 
+
+def test_training_images_painted_before_an_interruption_are_kept(tmp_path, monkeypatch):
+    from unlearn_wb.methods import anchored
+    painted, seen = [], []
+    def counting(model, prompts, seeds, callback=None, **kw):
+        if len(painted) == 1 and not resumed: raise KeyboardInterrupt
+        painted.append(list(seeds))
+        callback(len(seeds), len(seeds))
+        return torch.tensor(list(seeds), dtype=torch.float)[:, None, None, None].expand(-1, 4, 2, 2)
+    monkeypatch.setattr(anchored, "sample", counting)
+    model, ask = Denoiser.load("sandbox"), lambda: anchored.paint_bank(model, [["a cat", "a dog"], ["a boat"]], 200, 5, Cache(tmp_path), lambda k, n: seen.append((k, n)))
+    resumed = False
+    with pytest.raises(KeyboardInterrupt): ask()
+    resumed = True
+    latents, which = ask()
+    assert [len(p) for p in painted] == [96, 96, 8] and sum(painted, []) == list(range(5, 205)) and seen == [(96, 200), (192, 200), (200, 200)]
+    assert latents[:, 0, 0, 0].tolist() == list(range(5, 205)) and which[:4].tolist() == [0, 2, 1, 2]
+    ask()
+    assert len(painted) == 3

@@ -120,7 +120,7 @@ class Assessment:
         "What will be done, in Markdown."
         ev = self.evaluation
         lines = [f"**Examined:** {', '.join(ev.unlearned)}, beside {', '.join(m for m in ev.galleries if m not in ev.unlearned)}", f"**Forgotten:** {self.targets or 'not said'}",
-                 f"**Asked:** {len(ev.asked):,} prompts, each with its seed, {self.settings['steps']} steps, guidance {self.settings['guidance']:g}", "**Scored by:** " + ", ".join(s.name for s in ev.scorers.values())]
+                 f"**Asked:** {len(ev.asked):,} prompts, each with its seed, {self.settings['steps']} steps, guidance {self.settings['guidance']:g}", "**Scored by:** " + (", ".join(s.name for s in ev.scorers.values()) or "nobody")]
         return "\n\n".join(lines + [f"Missing {role}: {why}" for role, why in self.unavailable.items()] + self.notes + [f"Results: `{self.out}`"])
 
     def measure(self):
@@ -151,7 +151,7 @@ class Assessment:
     def show_distances(self):
         "Figure and table of the distances to the exact reference; None where there is none."
         if not any(m.startswith("reference") for m in self.evaluation.galleries):
-            print("no exact reference for this concept: only a sandbox can have one; nbs/pretrain_sandbox.ipynb -p references makes it")
+            print("no exact reference lies beside this model for this concept; of the sandbox nbs/pretrain_sandbox.ipynb -p references makes one, and for a model of your own nbs/howto/own_model.ipynb says where one goes")
             return None
         self.distances = distances(self.evaluation, precision=self.settings["precision"], callback=Progress("distances"))
         _whole(lambda f: self.distances.to_csv(f, index=False), self.out / "distances.csv")

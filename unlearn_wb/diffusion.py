@@ -4,7 +4,7 @@
 
 # %% ../nbs/lib/01_diffusion.ipynb #c002
 from __future__ import annotations
-import hashlib, json, logging, threading
+import hashlib, json, logging, socket, threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
@@ -121,16 +121,30 @@ LOADING = threading.RLock()  # held while a model is built: diffusers changes to
 
 def _needed(record) -> bool: return "requires torchvision" not in record.getMessage()
 
+def _hub_known() -> bool:
+    "Whether the model hub's address can be looked up, here or by a proxy."
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+    from huggingface_hub import constants
+    where = urlsplit(constants.ENDPOINT)
+    try: return bool(getproxies() or socket.getaddrinfo(where.hostname, where.port or 443))
+    except OSError: return False
+
 @contextmanager
-def quiet_loading():
-    "One at a time, no progress bars for loading and saving parts, and no word about a missing torchvision, which nothing here needs."
+def quiet_loading(name: str | Path = ""):  # what is loaded, where that may be a hub id
+    "One at a time, no progress bars for loading and saving parts, and no word about a missing torchvision, which nothing here needs. Without a network a hub id is looked for on this machine alone, and at once: the hub's own library tries for most of a minute."
     from diffusers.utils import logging as d
+    from huggingface_hub import constants
     from transformers.utils import logging as t
     logging.getLogger("transformers.utils.import_utils").addFilter(_needed)
-    d.disable_progress_bar(), t.disable_progress_bar()
-    try:
-        with LOADING: yield
-    finally: d.enable_progress_bar(), t.enable_progress_bar()
+    with LOADING:
+        d.disable_progress_bar(), t.disable_progress_bar()
+        before = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = before or bool(name) and not Path(name).exists() and not _hub_known()
+        try: yield
+        finally:
+            constants.HF_HUB_OFFLINE = before
+            d.enable_progress_bar(), t.enable_progress_bar()
 
 def why_not_loaded(name: str, error: Exception) -> str:
     "One sentence: what is wrong with a model, and what would be right."
@@ -191,7 +205,7 @@ class Denoiser:
         "Load a model from safetensors. Raises `BadModel` with what is wrong and what would be right."
         where = resolve_model(name)
         try:
-            with quiet_loading():
+            with quiet_loading(where):
                 import diffusers
                 kind = diffusers.DiffusionPipeline.load_config(where)["_class_name"]
                 if kind not in PIPELINES: raise ValueError(f"it is a {kind}; {_known()} are known")

@@ -103,7 +103,7 @@ class Clip:
         where = DATA / "sandbox" / "clip" if name == "sandbox" else Path(name)
         tokens = where.parent / "base" / "tokenizer" if name == "sandbox" else name
         try:
-            with quiet_loading():
+            with quiet_loading(where):
                 model = CLIPModel.from_pretrained(where if where.is_dir() else name, use_safetensors=True, attn_implementation="eager" if name == "sandbox" else None)
                 tokenizer = CLIPTokenizer.from_pretrained(tokens)
         except (OSError, ValueError) as e:
@@ -165,7 +165,7 @@ class Classifier:
     def __init__(self, name: str):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
         try:
-            with quiet_loading(): self.model, self.processor = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True).eval(), AutoImageProcessor.from_pretrained(name)
+            with quiet_loading(name): self.model, self.processor = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True).eval(), AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError, ImportError) as e:
             raise Missing(f"classifier '{name}' is neither a directory with safetensors nor to be had from the hub ({str(e).splitlines()[0][:120]}); download it once, for example microsoft/resnet-50 (ImageNet), and give its folder") from e
         self.name, self.labels = f"classifier {name}", [self.model.config.id2label[i].lower() for i in range(self.model.config.num_labels)]
@@ -202,7 +202,7 @@ class VisionFeatures:
     def __init__(self, name: str):
         from transformers import AutoConfig, AutoModel, CLIPVisionModel
         try:
-            with quiet_loading():
+            with quiet_loading(name):
                 kind = AutoConfig.from_pretrained(name).model_type
                 self.model = (CLIPVisionModel if kind == "clip" else AutoModel).from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
         except (OSError, ValueError) as e:

@@ -95,11 +95,13 @@ def in_turn(sizes: list[int], n: int) -> torch.Tensor:  # (n,)
     return starts[k % len(sizes)] + k // len(sizes) % torch.tensor(sizes)[k % len(sizes)]
 
 def paint_bank(model: Denoiser, banks: list[list[str]], n: int, seed: int, cache: Cache | None = None, callback=None, **kw):
-    "Latents (n,C,h,w) that the model paints for prompts of all banks in turn, and which prompt, counted through, each one is of."
+    "Latents (n,C,h,w) that the model paints for prompts of all banks in turn, and which prompt, counted through, each one is of. Each 96 are kept once they are painted."
     prompts, which = [p for b in banks for p in b], in_turn([len(b) for b in banks], n)
-    paint = lambda: {"latents": sample(model, [prompts[i] for i in which], [seed + i for i in range(n)], decode=False, callback=callback, **kw)}
-    key = ["bank", model.base_hash, prompts, n, seed, kw] + ([[len(b) for b in banks]] if len(banks) > 1 else [])
-    return (cache.get(key, paint) if cache else paint())["latents"], which
+    def part(k):
+        asked, told = [prompts[i] for i in which[k:k + 96]], callback and (lambda done, _: callback(k + done, n))
+        paint = lambda: {"latents": sample(model, asked, range(seed + k, seed + k + len(asked)), decode=False, callback=told, **kw)}
+        return (cache.get(["bank", model.base_hash, asked, seed + k, kw], paint) if cache else paint())["latents"]
+    return torch.cat([part(k) for k in range(0, n, 96)]), which
 
 def text_states(model: Denoiser, prompts: list[str], cache: Cache | None = None) -> torch.Tensor:
     "Text states (P,L,D) of the prompts, encoded once."
