@@ -175,7 +175,7 @@ class Denoiser:
         for k in ("tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"): setattr(self, k, getattr(pipe, k, None))  # SDXL has two, SD 3 three
         for part in self.parts: part.requires_grad_(False).eval()
         self._schedule()
-        if self.device.type == "cpu" and self.cross_attention and self.latent_shape[1] <= 32:  # plain products: fused attention's bf16 backward is several times slower on CPUs; but of 64 x 64 places they would take half a GiB an image and layer
+        if self.device.type == "cpu" and self.cross_attention and self.latent_shape[1] <= 32:  # plain products: fused attention's bf16 backward is several times slower on CPUs; but of 64 x 64 places they would take half a GiB an image and layer in fp32
             from diffusers.models.attention_processor import AttnProcessor
             self.unet.set_attn_processor(AttnProcessor())
 

@@ -213,11 +213,11 @@ class Experiment:
                 log_step(tracker, step.row())
                 if together.on: go_on = together.sum(float(not go_on)) == 0  # all leave at the same step
                 if step.index == warmup and hasattr(self.method, "examine") and together.rank == 0: write_json(self.run.folder / "warmup.json", {k: v.tolist() for k, v in self.method.examine().items()})
-                now, due = time.perf_counter(), together.rank == 0 and step.index % every == 0
-                if due and writing <= SPARE[0] + SPARE[1] * (now - began) or together.rank == 0 and (step.done or not go_on):
-                    self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
+                last, now = step.done or not go_on, time.perf_counter()
+                if together.rank == 0 and (last or step.index % every == 0):
+                    if last or writing <= SPARE[0] + SPARE[1] * (now - began): self.at.save_checkpoint(step.index, self.trainer.state(), watch.rows)
+                    else: self.at.write_trace(watch.rows)
                     writing += time.perf_counter() - now
-                elif due: self.at.write_trace(watch.rows)
                 if not go_on: break
                 yield watch
         watch.close()
