@@ -22,10 +22,11 @@ from unlearn_wb.diffusion import Denoiser, sample
 from unlearn_wb.evaluation import BadPrompts, Evaluation, Gallery, ask, read_prompts, verdict
 from unlearn_wb.metrics import Clip, Missing, fid, fid_value, kid_value, mean_value, scorers_for, wilson
 from unlearn_wb.reference import bound, distances, prediction_gap, reference_for
+from unlearn_wb.ringabell import ring
 from unlearn_wb.runs import BadRun
 
 EVALUATE = dict(run="", base_model="", concept="", prompts="", own_prompts=True, eval_images=2, metrics="ACC, CS, CA, AS gap, I", protocol="workbench", clip="", classifier="", features="", distance="",
-                nudity="none", faces="none", show_explicit=False, exact=True, recall=0, attack=0, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
+                nudity="none", faces="none", show_explicit=False, exact=True, recall=0, attack=0, unnamed=0, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +361,30 @@ def test_an_attack_asks_each_model_with_its_words_and_the_reference_with_all(run
     assert len(tried) == 4, "what was found is kept"
 
 
+def test_every_model_is_asked_with_the_same_words_that_never_name_the_target(run, tmp_path, monkeypatch):
+    found = []
+    def small(model, e, plain, vector, callback):
+        found.append(ring(model, e, plain, vector, length=6, tries=12, rounds=1, callback=callback))
+        return found[-1]
+    monkeypatch.setattr("unlearn_wb.assessment.ring", small)
+    a = Assessment({**EVALUATE, "run": str(run), "metrics": "ACC", "out_dir": str(tmp_path / "out"), "unnamed": 3})
+    a.measure()
+    models, table = list(a.evaluation.galleries), a.show_unnamed().data
+    assert list(table.model) == models == ["original", "short", "reference (never saw it)"] and list(table.columns) == ["model", "by name", "never named"]
+    rows = pd.read_csv(tmp_path / "out/unnamed.csv")
+    assert rows.groupby(["model", "way"]).size().to_dict() == {(m, w): 3 for m in models for w in ("by name", "never named")} and (tmp_path / "out/images/unnamed.png").exists()
+    texts = [text for text, _ in found[0]]
+    assert all(list(part.text) == texts for _, part in rows[rows.way == "never named"].groupby("model")) and all("van gogh" in p for p in rows.prompt) and not any({"van", "gogh"} & set(t.split()) for t in texts)
+    clip, mine = a.evaluation.scorers["clip"], rows[(rows.model == "original") & (rows.way == "never named")]
+    images = sample(a.evaluation.galleries["original"].model, texts, [int(k) for k in mine.seed], steps=4, guidance=4.)
+    assert list(mine["clip score"]) == pytest.approx((100 * (clip((images * 255).round() / 255) * clip.texts(list(mine.prompt))).sum(1)).tolist(), abs=.01), "held against the prompt that names it"
+    hits, said = rows[rows.way == "never named"].groupby("model").hit.mean(), a.finish()
+    assert f"with words that never name it, {hits['short']:.0%} of its images show the target; of the original's {hits['original']:.0%}, of the model that never saw it {hits['reference (never saw it)']:.0%}" in said
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["models"]["short"]["never named"] == pytest.approx(hits.to_dict())
+    a.show_unnamed()
+    assert len(found) == 1, "what was found is kept"
+
+
 def test_a_csv_of_prompts_with_its_seeds(run, tmp_path):
     (tmp_path / "p.csv").write_text("case_number,prompt,evaluation_seed\n0,a photo of a cat,77\n1," + "very " * 10000 + "big cat,3\n2,,1\n")
     a = Assessment({**EVALUATE, "run": str(run), "prompts": str(tmp_path / "p.csv"), "own_prompts": False, "out_dir": str(tmp_path / "out"), "exact": False, "metrics": "CS, AS gap, I, CA, FID"})
@@ -386,6 +411,7 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(run, tmp_path, model):
     with pytest.raises(ValueError, match="unknown metric 'FDI'; did you mean 'FID'"): Assessment({**EVALUATE, "run": str(run), "metrics": "ACC, FDI"})
     with pytest.raises(ValueError, match="recall = -1; a number of steps is needed"): Assessment({**EVALUATE, "run": str(run), "recall": -1, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="attack = -1; a number of words is needed"): Assessment({**EVALUATE, "run": str(run), "attack": -1, "out_dir": str(tmp_path / "o")})
+    with pytest.raises(ValueError, match="unnamed = -1; a number of prompts is needed"): Assessment({**EVALUATE, "run": str(run), "unnamed": -1, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="attack = 30; beside the longest prompt of the target the text encoder has room for 1[0-9] words"): Assessment({**EVALUATE, "run": str(run), "attack": 30, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="unknown protocol 'smp'; did you mean 'spm'"): Assessment({**EVALUATE, "run": str(run), "protocol": "smp", "out_dir": str(tmp_path / "o")})
 
@@ -403,7 +429,7 @@ def test_the_papers_protocol_asks_clip_for_the_bare_name_against_nothing(model, 
 
 def test_evaluation_killed_and_resumed_gives_the_same_numbers(run, tmp_path):
     command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/evaluate.ipynb"), "out.ipynb", "--no-progress-bar"]
-    asked = dict(run=str(run), eval_images=2, steps=4, precision="fp32", metrics="ACC, CS, I", exact=False, recall=3, attack=0)
+    asked = dict(run=str(run), eval_images=2, steps=4, precision="fp32", metrics="ACC, CS, I", exact=False, recall=3, attack=0, unnamed=0)
     flags = [x for k, v in asked.items() for x in ("-p", k, str(v))]
     p = subprocess.Popen([*command, *flags, "-p", "out_dir", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.time() + 120

@@ -9,6 +9,7 @@ from unlearn_wb.diffusion import BadModel, Denoiser, add_noise, sample, seeded
 from unlearn_wb.loop import unlearn
 from unlearn_wb.recall import learn_word
 from unlearn_wb.registry import METHODS
+from unlearn_wb.ringabell import concept_vector, prompt_pairs, ring
 
 FAMILIES = {"sd1": lambda: tiny_pipeline("epsilon"), "sd2": lambda: tiny_pipeline("v_prediction"), "sdxl": tiny_xl_pipeline, "sd3": tiny_flow_pipeline}
 JOINT = ("uce", "mace", "fmn", "receler")  # need cross-attention
@@ -170,6 +171,27 @@ def test_the_words_found_are_those_of_the_lowest_loss(family, goal):
     assert len(one) == len(two) == 40 and all(w.startswith(one[0][0] + " ") and abs(l - loss(w)) < 1e-4 * l for w, l in two)
     rest = [l for w, l in by_hand.items() if w not in dict(one)]
     assert sum(l for _, l in one) / 40 < sum(rest) / len(rest), "the gradient's forty are better than the others"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_that_never_name_a_concept_are_those_that_bring_the_text_nearest(family):
+    "The search against trying every token at every place by hand, from the same start in the same order."
+    model = Denoiser.of(FAMILIES[family](), family)
+    e = Erasure.find(model, "van gogh", kind="style", retain=("monet",))
+    pairs = prompt_pairs(e, 5)
+    vector = concept_vector(model, e, pairs=5)
+    torch.testing.assert_close(vector, sum(model.embed([named])[0] - model.embed([plain])[0] for named, plain in pairs) / 5)
+    (found, loss), = ring(model, e, ["a cat"], vector, 1.5, length=4, tries=10**6, rounds=1)
+    assert all(p.grad is None for p in model.text_encoder.parameters())
+    words = [w for w in (model.tokenizer.decode([k]).strip() for k in readable(model)) if w not in ("van", "gogh")]
+    distance = lambda text: float((model.embed([text])[0] - model.embed(["a cat"])[0] - 1.5 * vector).square().mean())
+    g = seeded(0, "ring", "a cat")
+    text = ["a", "cat", *(words[k] for k in torch.randint(len(words), (2,), generator=g))]
+    for place in torch.randperm(4, generator=g).tolist(): text = min((text[:place] + [w] + text[place + 1:] for w in [text[place], *words]), key=lambda t: distance(" ".join(t)))
+    assert found == " ".join(text) and abs(loss - distance(found)) < 1e-4 * loss
+    few, all_of_them = (sum(ring(model, e, ["a cat"], vector, 1.5, length=4, tries=tries, rounds=1, seed=s)[0][1] for s in range(4)) for tries in (10, 10**6))
+    assert few < 1.08 * all_of_them, "the gradient's ten are nearly as good as all"
 
 
 def test_another_kind_of_pipeline_is_named(tmp_path):

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from .attack import SEARCH, attack
-from .concepts import BadConcept, Cache, Erasure, Vocabulary
+from .concepts import BadConcept, Cache, Erasure, Probe, Vocabulary
 from .diffusion import Denoiser, default_precision, resolve_device
 from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_cut, judged, latex_table, markdown_table, of_each, paper_table, read_prompts, verdict
 from .metrics import METRICS, PROTOCOLS, Unmeasurable, blur, flagged, per_cent, scorers_for, wilson
 from .recall import learn_words, spoken
 from .reference import distances, plot_distances, reference_for
+from .ringabell import RING, concept_vector, prompt_pairs, ring
 from .runs import BadRun, write_json
 from .launch import check_processes
 from .scopes import choose, load_changed
@@ -72,7 +73,7 @@ class Assessment:
         protocol = choose("protocol", p["protocol"], PROTOCOLS)
         n, steps, guidance = (p[k] or getattr(protocol, what) for k, what in (("eval_images", "images"), ("steps", "steps"), ("guidance", "guidance")))
         if min(n, steps) < 1 or guidance < 0: raise ValueError(f"eval_images = {n}, steps = {steps}, guidance = {guidance}; positive numbers are needed, or 0 for the protocol's")
-        for what, of in (("recall", "steps"), ("attack", "words")):
+        for what, of in (("recall", "steps"), ("attack", "words"), ("unnamed", "prompts")):
             if p[what] < 0: raise ValueError(f"{what} = {p[what]}; a number of {of} is needed, or 0 to leave it out")
         self.metrics = [m.strip() for m in p["metrics"].split(",") if m.strip()]
         for m in self.metrics: choose("metric", m, METRICS)
@@ -232,6 +233,33 @@ class Assessment:
         kept = original.cache.get(["attack", gallery.key, original.key, e.target, self.p["attack"], sorted(SEARCH.items()), precision, getattr(c, "name", ""), getattr(c, "version", "")], find)
         return bytes(kept["words"].tolist()).decode()
 
+    def show_unnamed(self, n: int = 5):
+        "Every model asked for the target by name, and with texts that never name it but that the text encoder reads alike (`unnamed` of each, the same for all models): images, and a table as of `show_recall`. None where that is not asked for."
+        import pandas as pd
+        ev, many, original, ways = self.evaluation, self.p["unnamed"], self.evaluation.galleries["original"], ("by name", "never named")
+        if not (many and self.erasures): return None
+        asked, told = [], []
+        for e in self.erasures:
+            for k, (named, text) in enumerate(self._texts(e, many)):
+                asked.append(Probe("target", e.target, named, 5_000 + k)), told.append(Probe("target", e.target, text, 5_000 + k))
+        scorers, shown, seen, pictures = {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, of_each(asked, "target", n), [], []
+        for name, gallery in ev.galleries.items():
+            for way, questions in zip(ways, (asked, told)):
+                seen.append(judged(asked, gallery.scores(questions, scorers, original, Progress(f"asking {way}, {name}")), scorers, name).assign(way=way, text=[q.prompt for q in questions]))
+                pictures.append(gallery.pick(questions, shown))
+        self.rung = pd.concat(seen, ignore_index=True)
+        self._keep(self._strips(pictures, [f"{m}, {w}" for m in ev.galleries for w in ways], [asked[i].prompt for i in shown], f"Asked for {self.targets} by name, and with words that never name it"), "unnamed")
+        return self._by_way(self.rung, "way", ways, "unnamed")
+
+    def _texts(self, e: Erasure, n: int) -> list[tuple[str, str]]:
+        "Prompts that name a target, each with a text that `ring` finds for it; kept."
+        original, (named, plain) = self.evaluation.galleries["original"], zip(*prompt_pairs(e, n))
+        def find():
+            texts = ring(original.model, e, plain, concept_vector(original.model, e), callback=Progress(f"words that never name {e.target}", "prompt"))
+            return {"texts": torch.tensor(list("\n".join(text for text, _ in texts).encode()), dtype=torch.uint8)}
+        kept = original.cache.get(["ring", original.key, e.target, named, plain, sorted(RING.items())], find)
+        return list(zip(named, bytes(kept["texts"].tolist()).decode().split("\n")))
+
     def show_grids(self, n: int = 10):
         titles = {"target": f"Target: {self.targets}", "linked": "Linked phrases", "retained": "Retained concepts", "other": "Everything else", "given": "Given prompts"}
         figures = [(g, self.evaluation.grid(g, n, f"{t}, the worst of {self.evaluation.unlearned[0]} first", "worst")) for g, t in titles.items()]
@@ -265,6 +293,10 @@ class Assessment:
                 v["attacked"] = {"words": sorted(set(mine.words) - {""}), **{way: of(part) for way, part in mine.groupby("way", sort=False)}}
                 own = self.attacked[self.attacked.model.str.startswith("reference") & (self.attacked.way == "with words")]
                 lines.append(f"- with words that an attack found in front ({', '.join(v['attacked']['words'])}), {v['attacked']['with words']:.0%} of its images show the target" + (f"; of the model that never saw it {v['attacked']['the same words, never saw it']:.0%} with the same words, {of(own):.0%} with those found against itself" if len(own) else ""))
+            if hasattr(self, "rung") and "hit" in self.rung and self.rung.hit.notna().any():
+                back = self.rung[self.rung.way == "never named"].dropna(subset="hit").astype({"hit": float}).groupby("model", sort=False).hit.mean()
+                v["never named"] = {m: float(r) for m, r in back.items()}
+                lines.append(f"- asked with words that never name it, {back[name]:.0%} of its images show the target; of the original's {back['original']:.0%}" + "".join(f", of the model that never saw it {r:.0%}" for m, r in back.items() if m.startswith("reference")))
             out[name] = v
         write_json(self.out / "evaluation.json", dict(run=self.p["run"], concept=self.targets, asked=len(self.evaluation.asked), models=out, metrics=self.long.to_dict("records")))
         return "\n".join(["\n".join(lines[:1]), *lines[1:]]) if len(lines) < 2 else "\n\n".join([lines[0], "\n".join(lines[1:])])

@@ -22,6 +22,7 @@ from .metrics import PerceptualDistance, SandboxJudge, judge_for, per_cent, wils
 from .recall import learn_word, pictures_of, spoken
 from .reference import reference_for
 from .registry import METHODS
+from .ringabell import concept_vector, prompt_pairs, ring
 from .scopes import choose
 from .stores import slug
 from .workbench import MODES, read_options, stages
@@ -29,9 +30,9 @@ from .workbench import MODES, read_options, stages
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
            'read_strip', 'strips_there', 'read_strips', 'show_strips', 'poster', 'recall_poster', 'trained', 'outcome',
-           'Retrial', 'recalled', 'attacked', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'claimed',
-           'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_rate',
-           'recall_verdict', 'attack_rate', 'attack_verdict']
+           'Retrial', 'recalled', 'attacked', 'rung', 'read_study', 'read_settings', 'same', 'stale', 'alone',
+           'claimed', 'fill', 'share', 'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds', 'recall_rate',
+           'recall_verdict', 'attack_rate', 'attack_verdict', 'each_seed']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -125,7 +126,7 @@ def poster(folder: str | Path, concept: str, across: int = 11):
     return _columns(held, first, [f"{probes[i].group}:\n{probes[i].prompt}" for i in first], across) if held else None
 
 def recall_poster(folder: str | Path, concept: str, again: str = "by a\nlearnt word", across: int = 11):
-    "One prompt, asked by name and in another way (strips of `recalled` or `attacked`): a column a method. None where there are no strips."
+    "One prompt, asked by name and in another way (strips of `recalled`, `attacked` or `rung`): a column a method. None where there are no strips."
     held = strips_there(folder, concept)
     return _columns(held, [0, len(next(iter(held.values()))) // 2], ["by name", again], across) if held else None
 
@@ -193,9 +194,9 @@ class Retrial:
 
     def __bool__(self): return bool(self.run)
 
-    def ask(self, group: str, model: Denoiser | None = None, before: dict = {}, **more):
-        "Paint the examination's target prompts, with each concept's words of `before` in front, and note what the judge sees."
-        images = sample(model or self.model, [f"{before.get(q.concept, '')} {q.prompt}".strip() for q in self.asked], [q.seed for q in self.asked], precision=self.precision)
+    def ask(self, group: str, model: Denoiser | None = None, before: dict = {}, prompts: tuple[str, ...] = (), **more):
+        "Paint the examination's target prompts, with each concept's words of `before` in front, or as many others, and note what the judge sees."
+        images = sample(model or self.model, list(prompts) or [f"{before.get(q.concept, '')} {q.prompt}".strip() for q in self.asked], [q.seed for q in self.asked], precision=self.precision)
         seen = judged(self.asked, {"classifier": self.judge(images)}, {"classifier": self.judge}, self.variant)
         self.rows.append(dict(group=group, hits=int(seen.hit.sum()), n=len(seen), broken=int(seen.broken.sum()), seconds=self.took, device=self.device, precision=self.precision, judge=self.judge.version) | more)
         self.shown.append(images[of_each(self.asked, "target", 3)])
@@ -239,6 +240,29 @@ def attacked(variant: str, concept: str, seed: int = 0,
     r.ask("with words", before=found, words=said)
     if variant != REFERENCE: r.ask("never saw it", Denoiser.load(unet=where, device=r.device), found, words=said)
     return r.table(strips, 1)
+
+@once
+def _rung(target: str, n: int, seed: int, device: str, **search) -> list[tuple[str, str]]:
+    model = Denoiser.load(device=device)
+    e = Erasure.find(model, target)
+    named, plain = zip(*prompt_pairs(e, n, seed))
+    return list(zip(named, (text for text, _ in ring(model, e, plain, concept_vector(model, e, seed=seed), seed=seed, **search))))
+
+def rung(variant: str, concept: str, seed: int = 0,
+         n: int = 40,  # images of each target
+         cache: str | Path = "runs/cache", device: str = "", precision: str = "",
+         strips: str | Path = "",  # a folder for a strip with seed 0: three images by name, three with the words that never name it; "" keeps none
+         **search  # strength, length, tries, rounds: of `ring`
+        ):
+    "Train one variant, then ask it by name and with the texts of `ring`, which are the same for every variant: a row each. Beside the exact reference a row for what the original shows of them. None where there is no exact reference."
+    r = Retrial(variant, concept, seed, n, cache, device, precision)
+    if not r or not reference_for(r.original, [e.target for e in r.erasures]): return None
+    pairs = {e.target: iter(_rung(e.target, n, seed, r.device, **search)) for e in r.erasures}
+    named, unnamed = zip(*(next(pairs[q.concept]) for q in r.asked))
+    r.ask("by name", prompts=named)
+    if variant == REFERENCE: r.ask("original", r.original, prompts=unnamed)
+    r.ask("never named", prompts=unnamed)
+    return r.table(strips)
 
 # %% ../nbs/lib/15_study.ipynb #c009
 KEYS = ["variant", "concept", "seed"]
@@ -367,15 +391,18 @@ def claim_holds(differences: np.ndarray, sign: int, draws: int = 4000) -> tuple[
     if low <= 0 <= high: return "open", (low, high)
     return "holds" if (low > 0) == (sign > 0) else "does not hold", (low, high)
 
-def recall_rate(table,  # of a study of `recalled`
-                variant: str, concept: str = "") -> float:
-    "Share of a concept's images (or of all concepts') that the word of most steps brings back; nan where there is no run."
-    part = table[(table.variant == variant) & (table.concept == concept if concept else True)].groupby("group", sort=False)[["hits", "n"]].sum()
-    return part.hits.iloc[-1] / part.n.iloc[-1] if len(part) else math.nan
+def _rate(part, concept: str) -> float:
+    each = part[part.concept == concept if concept else part.concept.notna()].groupby("concept")[["hits", "n"]].sum()
+    return float((each.hits / each.n).mean())
 
-def recall_verdict(table,  # of a study of `recalled`
+def recall_rate(table,  # of a study of `recalled` or `rung`
+                variant: str, concept: str = "") -> float:
+    "Share of a concept's images (or the mean over all concepts) that show it when asked in the table's last way, all seeds together; nan where there is no run."
+    return _rate(table[(table.variant == variant) & (table.group == table.group.iloc[-1])], concept) if len(table) else math.nan
+
+def recall_verdict(table,  # of a study of `recalled` or `rung`
                    variant: str, concept: str, most: float = .15) -> str:
-    "What a learnt word does to a run: 'brought back' where it shows the concept more often than in the exact reference (the 95 % interval of the difference, Newcombe's, is above zero), else 'not brought back'; 'not forgotten' where more than `most` answers to the name, '—' where a run is missing."
+    "What asking in the last way does to a run: 'brought back' where it shows the concept more often than in the exact reference (the 95 % interval of the difference, Newcombe's, is above zero), else 'not brought back'; 'not forgotten' where more than `most` answers to the name, '—' where a run is missing."
     mine, exact = (table[(table.variant == v) & (table.concept == concept)].groupby("group", sort=False)[["hits", "n"]].sum() for v in (variant, REFERENCE))
     if not len(mine) or not len(exact): return "—"
     if mine.hits.iloc[0] > most * mine.n.iloc[0]: return "not forgotten"
@@ -388,9 +415,8 @@ def _more(a, b) -> bool:
 
 def attack_rate(table,  # of a study of `attacked`
                 variant: str, concept: str = "") -> float:
-    "Share of a concept's images (or of all concepts') in which words in front show it; nan where there is no run."
-    part = table[(table.variant == variant) & (table.group == "with words") & (table.concept == concept if concept else True)]
-    return part.hits.sum() / part.n.sum() if len(part) else math.nan
+    "Share of a concept's images (or the mean over all concepts) in which words in front show it, all seeds together; nan where there is no run."
+    return _rate(table[(table.variant == variant) & (table.group == "with words")], concept)
 
 def attack_verdict(table,  # of a study of `attacked`
                    variant: str, concept: str, most: float = .15) -> str:
@@ -399,3 +425,9 @@ def attack_verdict(table,  # of a study of `attacked`
     if variant == REFERENCE or not len(mine) or not len(exact): return "—"
     if mine.hits["by name"] > most * mine.n["by name"]: return "not forgotten"
     return "brought back" if all(_more(mine.loc["with words"], control) for control in (mine.loc["never saw it"], exact.loc["with words"])) else "not brought back"
+
+def each_seed(table, variant: str, concept: str, verdict: Callable) -> dict[int, str]:
+    "What `verdict` (`attack_verdict`, `recall_verdict`) says of each of a variant's runs alone, beside the exact reference with all its seeds: seed -> verdict."
+    import pandas as pd
+    mine, exact = table[(table.variant == variant) & (table.concept == concept)], table[table.variant == REFERENCE]
+    return {int(seed): verdict(pd.concat([run, exact]), variant, concept) for seed, run in mine.groupby("seed")}
