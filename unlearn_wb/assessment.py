@@ -237,7 +237,7 @@ class Assessment:
         "Every model asked for the target by name, and with texts that never name it but that the text encoder reads alike (`unnamed` of each, the same for all models): images, and a table as of `show_recall`. None where that is not asked for."
         import pandas as pd
         ev, many, original, ways = self.evaluation, self.p["unnamed"], self.evaluation.galleries["original"], ("by name", "never named")
-        if not (many and self.erasures): return None
+        if not (many and self.erasures and self.p["own_prompts"]): return None
         asked, told = [], []
         for e in self.erasures:
             for k, (named, text) in enumerate(self._texts(e, many)):
