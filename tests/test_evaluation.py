@@ -22,7 +22,7 @@ from unlearn_wb.diffusion import Denoiser, sample
 from unlearn_wb.evaluation import BadPrompts, Evaluation, Gallery, ask, read_prompts, verdict
 from unlearn_wb.metrics import Clip, Missing, fid, fid_value, kid_value, mean_value, scorers_for, wilson
 from unlearn_wb.reference import bound, distances, prediction_gap, reference_for
-from unlearn_wb.ringabell import ring
+from unlearn_wb.ringabell import unnamed
 from unlearn_wb.runs import BadRun
 
 EVALUATE = dict(run="", base_model="", concept="", prompts="", own_prompts=True, eval_images=2, metrics="ACC, CS, CA, AS gap, I", protocol="workbench", clip="", classifier="", features="", distance="",
@@ -363,17 +363,17 @@ def test_an_attack_asks_each_model_with_its_words_and_the_reference_with_all(run
 
 def test_every_model_is_asked_with_the_same_words_that_never_name_the_target(run, tmp_path, monkeypatch):
     found = []
-    def small(model, e, plain, vector, callback):
-        found.append(ring(model, e, plain, vector, length=6, tries=12, rounds=1, callback=callback))
+    def small(*args, **kw):
+        found.append(unnamed(*args, length=6, tries=12, rounds=1, **kw))
         return found[-1]
-    monkeypatch.setattr("unlearn_wb.assessment.ring", small)
+    monkeypatch.setattr("unlearn_wb.assessment.unnamed", small)
     a = Assessment({**EVALUATE, "run": str(run), "metrics": "ACC", "out_dir": str(tmp_path / "out"), "unnamed": 3})
     a.measure()
     models, table = list(a.evaluation.galleries), a.show_unnamed().data
     assert list(table.model) == models == ["original", "short", "reference (never saw it)"] and list(table.columns) == ["model", "by name", "never named"]
     rows = pd.read_csv(tmp_path / "out/unnamed.csv")
     assert rows.groupby(["model", "way"]).size().to_dict() == {(m, w): 3 for m in models for w in ("by name", "never named")} and (tmp_path / "out/images/unnamed.png").exists()
-    texts = [text for text, _ in found[0]]
+    texts = [text for _, text in found[0]]
     assert all(list(part.text) == texts for _, part in rows[rows.way == "never named"].groupby("model")) and all("van gogh" in p for p in rows.prompt) and not any({"van", "gogh"} & set(t.split()) for t in texts)
     clip, mine = a.evaluation.scorers["clip"], rows[(rows.model == "original") & (rows.way == "never named")]
     images = sample(a.evaluation.galleries["original"].model, texts, [int(k) for k in mine.seed], steps=4, guidance=4.)

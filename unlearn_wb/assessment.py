@@ -15,7 +15,7 @@ from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_c
 from .metrics import METRICS, PROTOCOLS, Unmeasurable, blur, flagged, per_cent, scorers_for, wilson
 from .recall import learn_words, spoken
 from .reference import distances, plot_distances, reference_for
-from .ringabell import RING, concept_vector, prompt_pairs, ring
+from .ringabell import RING, prompt_pairs, unnamed
 from .runs import BadRun, write_json
 from .launch import check_processes
 from .scopes import choose, load_changed
@@ -253,12 +253,12 @@ class Assessment:
 
     def _texts(self, e: Erasure, n: int) -> list[tuple[str, str]]:
         "Prompts that name a target, each with a text that `ring` finds for it; kept."
-        original, (named, plain) = self.evaluation.galleries["original"], zip(*prompt_pairs(e, n))
+        original = self.evaluation.galleries["original"]
         def find():
-            texts = ring(original.model, e, plain, concept_vector(original.model, e), callback=Progress(f"words that never name {e.target}", "prompt"))
-            return {"texts": torch.tensor(list("\n".join(text for text, _ in texts).encode()), dtype=torch.uint8)}
-        kept = original.cache.get(["ring", original.key, e.target, named, plain, sorted(RING.items())], find)
-        return list(zip(named, bytes(kept["texts"].tolist()).decode().split("\n")))
+            pairs = unnamed(original.model, e, n, callback=Progress(f"words that never name {e.target}", "prompt"))
+            return {"pairs": torch.tensor(list(json.dumps(pairs).encode()), dtype=torch.uint8)}
+        kept = original.cache.get(["ring", original.key, e.target, prompt_pairs(e, n), sorted(RING.items())], find)
+        return json.loads(bytes(kept["pairs"].tolist()))
 
     def show_grids(self, n: int = 10):
         titles = {"target": f"Target: {self.targets}", "linked": "Linked phrases", "retained": "Retained concepts", "other": "Everything else", "given": "Given prompts"}

@@ -11,7 +11,7 @@ from .concepts import Erasure, bank
 from .diffusion import Denoiser, seeded
 
 # %% auto #0
-__all__ = ['RING', 'prompt_pairs', 'concept_vector', 'ring']
+__all__ = ['RING', 'prompt_pairs', 'concept_vector', 'ring', 'unnamed']
 
 # %% ../nbs/lib/09_ringabell.ipynb #c005
 def prompt_pairs(erasure: Erasure, n: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -62,5 +62,10 @@ def ring(model: Denoiser, erasure: Erasure,
         found.append((said(ids), least))
         if callback: callback(len(found), len(prompts))
     return found
+
+def unnamed(model: Denoiser, erasure: Erasure, n: int, seed: int = 0, callback=None, **search) -> list[tuple[str, str]]:
+    "`n` prompts that name the target, each with what `ring` finds for the same prompt about the anchor."
+    named, plain = zip(*prompt_pairs(erasure, n, seed))
+    return [(name, text) for name, (text, _) in zip(named, ring(model, erasure, plain, concept_vector(model, erasure, seed=seed), seed=seed, callback=callback, **search))]
 
 RING = {k: p.default for f in (ring, concept_vector) for k, p in signature(f).parameters.items() if isinstance(p.default, (int, float)) and k != "seed"}  # what decides a search: name -> default

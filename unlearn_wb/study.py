@@ -22,7 +22,7 @@ from .metrics import PerceptualDistance, SandboxJudge, judge_for, per_cent, wils
 from .recall import learn_word, pictures_of, spoken
 from .reference import reference_for
 from .registry import METHODS
-from .ringabell import concept_vector, prompt_pairs, ring
+from .ringabell import unnamed
 from .scopes import choose
 from .stores import slug
 from .workbench import MODES, read_options, stages
@@ -242,11 +242,9 @@ def attacked(variant: str, concept: str, seed: int = 0,
     return r.table(strips, 1)
 
 @once
-def _rung(target: str, n: int, seed: int, device: str, **search) -> list[tuple[str, str]]:
+def _unnamed(target: str, n: int, seed: int, device: str, **search) -> list[tuple[str, str]]:
     model = Denoiser.load(device=device)
-    e = Erasure.find(model, target)
-    named, plain = zip(*prompt_pairs(e, n, seed))
-    return list(zip(named, (text for text, _ in ring(model, e, plain, concept_vector(model, e, seed=seed), seed=seed, **search))))
+    return unnamed(model, Erasure.find(model, target), n, seed, **search)
 
 def rung(variant: str, concept: str, seed: int = 0,
          n: int = 40,  # images of each target
@@ -257,11 +255,11 @@ def rung(variant: str, concept: str, seed: int = 0,
     "Train one variant, then ask it by name and with the texts of `ring`, which are the same for every variant: a row each. Beside the exact reference a row for what the original shows of them. None where there is no exact reference."
     r = Retrial(variant, concept, seed, n, cache, device, precision)
     if not r or not reference_for(r.original, [e.target for e in r.erasures]): return None
-    pairs = {e.target: iter(_rung(e.target, n, seed, r.device, **search)) for e in r.erasures}
-    named, unnamed = zip(*(next(pairs[q.concept]) for q in r.asked))
+    pairs = {e.target: iter(_unnamed(e.target, n, seed, r.device, **search)) for e in r.erasures}
+    named, texts = zip(*(next(pairs[q.concept]) for q in r.asked))
     r.ask("by name", prompts=named)
-    if variant == REFERENCE: r.ask("original", r.original, prompts=unnamed)
-    r.ask("never named", prompts=unnamed)
+    if variant == REFERENCE: r.ask("original", r.original, prompts=texts)
+    r.ask("never named", prompts=texts)
     return r.table(strips)
 
 # %% ../nbs/lib/15_study.ipynb #c009
