@@ -52,6 +52,28 @@ def test_pieces_are_the_whole(name, cache):
     assert pieces[-1]["loss_u"] == pytest.approx(whole[-1]["loss_u"], rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("name, more", [("doco", {}), ("conabl", {"detach_start": True, "keep": "drift"}), ("saddle", {})])
+def test_both_sides_in_one_pass_are_two_passes(name, more, cache, monkeypatch):
+    two, w, _ = run(name, cache, **more)
+    asked, forward = [], Denoiser.eps
+    monkeypatch.setattr(Denoiser, "eps", lambda self, x_t, t, c: asked.append((len(x_t), torch.is_grad_enabled())) or forward(self, x_t, t, c))
+    one, p, _ = run(name, cache, one_pass=True, **more)
+    steps = sum(r["phase"] == "unlearn" for r in one)
+    assert close(w, p) and asked.count((16, True)) == steps and (8, True) not in asked
+    for a, b in zip(one, two): assert {k: a[k] for k in a if k.startswith(("loss", "norm"))} == pytest.approx({k: b[k] for k in a if k.startswith(("loss", "norm"))}, rel=1e-3, abs=1e-6, nan_ok=True)
+    _, pieces, _ = run(name, cache, one_pass=True, micro_batch=2, **more)
+    assert close(w, pieces)
+
+
+def test_where_one_pass_gives_no_two_gradients_it_says_so(cache, monkeypatch):
+    for wrong in (dict(keep="empty"), dict(scope="adapter")):
+        with pytest.raises(ValueError, match="one_pass with keep"): prepared("conabl", cache, one_pass=True, **wrong)
+    with pytest.raises(ValueError, match="which moves .* it needs linear layers alone"): run("conabl", cache, one_pass=True, scope="full")
+    loss = METHODS["conabl"].make.unlearning_loss
+    monkeypatch.setattr(METHODS["conabl"].make, "unlearning_loss", lambda self, batch: loss(self, batch) + self.eps(batch[0], batch[0].other).square().mean())
+    with pytest.raises(ValueError, match="asks the moving denoiser more than once"): run("conabl", cache, one_pass=True)
+
+
 @pytest.mark.parametrize("method, options", [("doco", "warmup=2, d_each=false"), ("saddle", "")])
 def test_two_processes_are_one(method, options, tmp_path, monkeypatch):
     from unlearn_wb.workbench import COMMON, Experiment
@@ -97,15 +119,15 @@ def test_checkpointed_activations_give_the_same_weights(cache):
     assert close(w, p)
 
 
-@pytest.mark.parametrize("name, forms", [("doco", 2), ("spm", 3), ("mace", 2)])  # forms: with a graph and without; spm's sampled paths hold twice as many images; what is painted or examined in between is not translated
-def test_a_compiled_denoiser_gives_the_same_weights_and_is_translated_once_a_form(name, forms, cache, monkeypatch):
+@pytest.mark.parametrize("name, forms, more", [("doco", 2, {}), ("doco", 2, {"one_pass": True}), ("spm", 3, {}), ("mace", 2, {})])  # forms: with a graph and without; spm's sampled paths hold twice as many images; what is painted or examined in between is not translated
+def test_a_compiled_denoiser_gives_the_same_weights_and_is_translated_once_a_form(name, forms, more, cache, monkeypatch):
     _, w, _ = run(name, cache)
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **kw: compiled.append(net) or compile(net, backend="eager", **kw))  # traced as always, not translated: that takes minutes
     began, begin = [], torch.compiler.cudagraph_mark_step_begin
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: began.append(1) or begin())
     torch._dynamo.utils.counters.clear()
-    trainer = prepared(name, cache, compile=True)
+    trainer = prepared(name, cache, compile=True, **more)
     for step in trainer:
         sample(trainer.method.model, ["a cat"], [0], steps=2)
         if hasattr(trainer.method, "examine"): trainer.method.examine(5)

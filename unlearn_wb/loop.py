@@ -196,13 +196,34 @@ class Trainer:
         if self.scale != 1: flat.div_(self.scale)
         return self.together.sum(total)
 
+    def _gradients(self, parts) -> tuple:
+        "Both sides' gradients over all pieces and processes, in their buffers; L_r and L_u."
+        m, g = self.method, self.gradients
+        if not getattr(m, "one_pass", False): return self._gradient("r", m.retaining_loss, parts), self._gradient("u", m.unlearning_loss, parts)
+        sides, total, share = {}, 0., 1 / (self.pieces * self.together.size)
+        for which in ("r", "u"):
+            g.into(which)
+            sides[which] = {k: p.detach().requires_grad_() for k, p in m.params.items()}  # the same weights, each side's with a gradient of its own
+            for w, v in zip(sides[which].values(), g.views[which]): w.grad = v
+        for p in self.params: p.grad = None
+        for part in parts:
+            with m.asked_at_once(part, sides["u"], sides["r"]): losses = torch.stack([m.retaining_loss(part), m.unlearning_loss(part)])
+            (share * self.scale * losses.sum()).backward()
+            total = total + share * losses.detach().double()
+        if any(p.grad is not None for p in self.params): raise ValueError(f"one_pass: {getattr(m, 'name', 'this method')} asks the moving denoiser more than once for a side; leave it off")
+        for p, v in zip(self.params, g.views["u"]): p.grad = v
+        for flat in g.flat.values():
+            self.together.sum_(flat)
+            if self.scale != 1: flat.div_(self.scale)
+        return tuple(self.together.sum(l) for l in total)
+
     def _warm_up(self, batch): return self._fitting(batch, lambda parts: self.method.warm_up(*parts))
 
     def _unlearn(self, batch):
         m, g = self.method, self.gradients
         def both(parts):
             first = m.before(*parts)
-            return parts, first, self._gradient("r", m.retaining_loss, parts), self._gradient("u", m.unlearning_loss, parts)
+            return parts, first, *self._gradients(parts)
         parts, first, loss_r, loss_u = self._fitting(batch, both)
         values = first | {"loss_u": loss_u, "loss_r": math.nan if loss_r is None else loss_r}
         if self.scale != 1 and not (g.flat["u"].isfinite().all() and g.flat["r"].isfinite().all()):  # fp16 overflowed: halve the scale, leave the denoiser's weights alone

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ class MethodConfig:
     t_max: int = 1000  # largest timestep that is trained (exclusive)
     precision: str = "fp32"  # fp32, or bf16 or fp16 autocast
     micro_batch: int = 0  # images that go through at once; 0 for the whole batch
+    one_pass: bool = False  # the batches of both sides go through the denoiser as one: the same gradients from fewer, larger kernels; more memory
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # translate the denoiser for this machine first (torch.compile): a slow first step, faster ones after it
     seed: int = 0  # of everything random
@@ -123,6 +125,7 @@ class Noised:
     z: torch.Tensor | None = None  # what D saw of the target side
     anchor: torch.Tensor | None = None  # and of the anchor's
     which: torch.Tensor | None = None  # number of each prompt in its bank
+    ahead: torch.Tensor | None = None  # what the moving model predicts under c, where both sides were asked at once
 
 # %% ../../nbs/methods/anchored.ipynb #c012
 class Anchored:
@@ -149,6 +152,8 @@ class Anchored:
         if config.t_max > len(model.abar): raise ValueError(f"t_max = {config.t_max}; the model has {len(model.abar)} timesteps, so at most {len(model.abar)}")
         if config.micro_batch and config.batch_size % config.micro_batch: raise ValueError(f"micro_batch = {config.micro_batch} does not divide batch_size = {config.batch_size}; choose a divisor")
         self.pieces = config.batch_size // config.micro_batch if config.micro_batch else 1
+        self.one_pass = config.one_pass
+        if self.one_pass and (config.keep not in ("images", "drift") or config.scope in ADAPTED): raise ValueError(f"one_pass with keep = {config.keep} and scope = {config.scope}; it needs keep images or drift, and a scope of linear layers, as xattn or xattn-kv")
         if config.checkpointing: model.unet.enable_gradient_checkpointing()
         if config.compile: model.compile()
         self.moved = self.moving()
@@ -228,9 +233,18 @@ class Anchored:
     def eps(self, b: Noised, c: torch.Tensor | None = None, original: bool = False) -> torch.Tensor:
         "Predicted noise under text states c (the batch's own by default), of the moving model or the frozen original."
         c = b.c if c is None else c
+        if b.ahead is not None and c is b.c and not original and torch.is_grad_enabled(): return b.ahead
         with self.autocast():
             if not original: return self.model.eps(b.x_t, b.t, c)
             with self.moved.original(): return self.model.eps(b.x_t, b.t, c)
+
+    @contextmanager
+    def asked_at_once(self, batch, u: dict[str, torch.Tensor], r: dict[str, torch.Tensor]):
+        "Ask the moving model for both sides in one pass, with weights u for the target's and r for the retained one; within this block `eps` answers with that."
+        b, other = batch
+        with self.moved.apart(len(b.t), u, r), self.autocast(): b.ahead, other.ahead = self.model.eps(*(torch.cat([getattr(b, k), getattr(other, k)]) for k in ("x_t", "t", "c"))).split([len(b.t), len(other.t)])
+        try: yield
+        finally: b.ahead = other.ahead = None
 
     def pieces_of(self, batch, pieces: int) -> list:
         "The batch in so many equal pieces. Raises `ValueError` where that is another computation."
