@@ -68,10 +68,13 @@ def test_both_sides_in_one_pass_are_two_passes(name, more, cache, monkeypatch):
 def test_where_one_pass_gives_no_two_gradients_it_says_so(cache, monkeypatch):
     for wrong in (dict(keep="empty"), dict(scope="adapter")):
         with pytest.raises(ValueError, match="one_pass with keep"): prepared("conabl", cache, one_pass=True, **wrong)
-    with pytest.raises(ValueError, match="which moves .* it needs linear layers alone"): run("conabl", cache, one_pass=True, scope="full")
+    with pytest.raises(ValueError, match="which moves .* it needs linear layers alone"): prepared("conabl", cache, one_pass=True, scope="full")
+    with pytest.raises(ValueError, match="SalUn masks the gradient"): prepared("salun", cache, one_pass=True, scope="xattn")
+    with pytest.raises(ValueError, match="reads the attention of one side"): prepared("fmn", cache, one_pass=True, keep="images")
+    with pytest.raises(ValueError, match="Finetune does not ask the moving denoiser once"): run("finetune", cache, one_pass=True, scope="xattn-kv")
     loss = METHODS["conabl"].make.unlearning_loss
     monkeypatch.setattr(METHODS["conabl"].make, "unlearning_loss", lambda self, batch: loss(self, batch) + self.eps(batch[0], batch[0].other).square().mean())
-    with pytest.raises(ValueError, match="asks the moving denoiser more than once"): run("conabl", cache, one_pass=True)
+    with pytest.raises(ValueError, match="does not ask the moving denoiser once"): run("conabl", cache, one_pass=True)
 
 
 @pytest.mark.parametrize("method, options", [("doco", "warmup=2, d_each=false"), ("saddle", "")])

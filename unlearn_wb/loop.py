@@ -206,11 +206,14 @@ class Trainer:
             sides[which] = {k: p.detach().requires_grad_() for k, p in m.params.items()}  # the same weights, each side's with a gradient of its own
             for w, v in zip(sides[which].values(), g.views[which]): w.grad = v
         for p in self.params: p.grad = None
+        unfit = ValueError(f"one_pass: {m.name} does not ask the moving denoiser once for each side; leave it off")
         for part in parts:
-            with m.asked_at_once(part, sides["u"], sides["r"]): losses = torch.stack([m.retaining_loss(part), m.unlearning_loss(part)])
+            with m.asked_at_once(part, sides["u"], sides["r"]): losses = m.retaining_loss(part), m.unlearning_loss(part)
+            if losses[0] is None: raise unfit
+            losses = torch.stack(losses)
             (share * self.scale * losses.sum()).backward()
             total = total + share * losses.detach().double()
-        if any(p.grad is not None for p in self.params): raise ValueError(f"one_pass: {getattr(m, 'name', 'this method')} asks the moving denoiser more than once for a side; leave it off")
+        if any(p.grad is not None for p in self.params): raise unfit
         for p, v in zip(self.params, g.views["u"]): p.grad = v
         for flat in g.flat.values():
             self.together.sum_(flat)

@@ -105,16 +105,18 @@ class Moved:
         self.params = select(unet, scope)
         for p in self.params.values(): p.requires_grad_(True)
         self.start = {k: p.detach().clone() for k, p in self.params.items()}
-        self._rows, self._split = None, []  # of `apart`
+        self._rows = None  # of `apart`
+
+    def part(self):
+        "Make ready for `apart`. Raises `ValueError` when others than linear layers move."
+        layers = {k.rpartition(".")[0]: self.unet.get_submodule(k.rpartition(".")[0]) for k in self.params}
+        other = [k for k, m in layers.items() if not isinstance(m, nn.Linear)]
+        if other: raise ValueError(f"one_pass with scope = {self.scope}, which moves {other[0]}; it needs linear layers alone, as in xattn or xattn-kv")
+        for k, m in layers.items(): m.register_forward_hook(partial(self._apart, k), prepend=True)  # once: to torch.compile new ones would be another denoiser
 
     @contextmanager
     def apart(self, n: int, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]):
-        "Within this block the moving layers have the weights `first` for the first n images of a batch and `second` for the rest, so that one pass gives both gradients. Raises `ValueError` when others than linear layers move."
-        if not self._split:
-            layers = {k.rpartition(".")[0]: self.unet.get_submodule(k.rpartition(".")[0]) for k in self.params}
-            other = [k for k, m in layers.items() if not isinstance(m, nn.Linear)]
-            if other: raise ValueError(f"one_pass with scope = {self.scope}, which moves {other[0]}; it needs linear layers alone, as in xattn or xattn-kv")
-            self._split = [m.register_forward_hook(partial(self._apart, k), prepend=True) for k, m in layers.items()]  # they stay: to torch.compile new ones would be another denoiser
+        "Within this block (after `part`) the moving layers have the weights `first` for the first n images of a batch and `second` for the rest, so that one pass gives both gradients."
         self._rows = (n, first, second)
         try: yield
         finally: self._rows = None

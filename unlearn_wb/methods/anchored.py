@@ -153,10 +153,12 @@ class Anchored:
         if config.micro_batch and config.batch_size % config.micro_batch: raise ValueError(f"micro_batch = {config.micro_batch} does not divide batch_size = {config.batch_size}; choose a divisor")
         self.pieces = config.batch_size // config.micro_batch if config.micro_batch else 1
         self.one_pass = config.one_pass
+        if self.one_pass and self.reads_attention: raise ValueError(f"{self.name} reads the attention of one side alone, which one_pass does not show; leave it off")
         if self.one_pass and (config.keep not in ("images", "drift") or config.scope in ADAPTED): raise ValueError(f"one_pass with keep = {config.keep} and scope = {config.scope}; it needs keep images or drift, and a scope of linear layers, as xattn or xattn-kv")
         if config.checkpointing: model.unet.enable_gradient_checkpointing()
         if config.compile: model.compile()
         self.moved = self.moving()
+        if self.one_pass: self.moved.part()
         self.params = self.moved.params
         self.banks = self.make_banks()
         sides = {side: [list(getattr(b, side)) for b in self.banks if len(getattr(b, side))] for side in ("target", "anchor", "retain")}

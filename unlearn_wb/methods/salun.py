@@ -36,6 +36,7 @@ class SalUn(Anchored):
     def __init__(self, model: Denoiser, erasures: list[Erasure], config: SalUnConfig, cache=None, callback=None):
         if not 0 < config.share < 1: raise ValueError(f"saliency share = {config.share}; a number between 0 and 1 is needed, such as 0.5")
         if config.weight_decay: raise ValueError(f"weight_decay = {config.weight_decay} would move the weights that the mask holds; leave it at 0")
+        if config.one_pass: raise ValueError("SalUn masks the gradient of its weights, which one_pass would pass by; leave it off")
         super().__init__(model, erasures, config, cache, callback)
         self.mask = self.saliency()
         for k, p in self.params.items(): p.register_hook(lambda g, m=self.mask[k]: g * m)
