@@ -5,13 +5,13 @@
 # %% ../nbs/lib/15_comeback.ipynb #c002
 from __future__ import annotations
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache as once
 from pathlib import Path
 from typing import Callable
 import numpy as np
 import torch
-from .attack import attack
+from .attack import SEARCH, attack
 from .concepts import Cache, Erasure
 from .diffusion import DATA, Denoiser, default_precision, resolve_device, sample
 from .evaluation import ask, judged, of_each
@@ -19,12 +19,13 @@ from .metrics import SandboxJudge, judge_for, wilson
 from .recall import learn_word, pictures_of, spoken
 from .reference import reference_for
 from .registry import METHODS
-from .ringabell import unnamed
-from .study import REFERENCE, method_columns, read_study, save_strip, strip_file, strips_there, trained
+from .ringabell import RING, unnamed
+from .study import REFERENCE, fill, method_columns, read_study, save_strip, settings, state_of, strip_file, strips_there, titles, trained
 
 # %% auto #0
-__all__ = ['WAYS', 'Retrial', 'recalled', 'attacked', 'rung', 'recall_rate', 'recall_verdict', 'attack_rate', 'attack_verdict',
-           'each_seed', 'brought_back', 'of_forgotten', 'told', 'comebacks', 'comeback_poster', 'comeback_map']
+__all__ = ['STEPS', 'RESULTS', 'WAYS', 'Retrial', 'recalled', 'attacked', 'rung', 'recall_rate', 'recall_verdict', 'attack_rate',
+           'attack_verdict', 'each_seed', 'brought_back', 'of_forgotten', 'told', 'Way', 'ask_again', 'comebacks',
+           'comeback_poster', 'comeback_map']
 
 # %% ../nbs/lib/15_comeback.ipynb #c004
 class Retrial:
@@ -49,12 +50,14 @@ class Retrial:
     def table(self, strips: str | Path = "", last: int = -1):
         "The rows; with seed 0 three images by name and three of the question `last` go into the folder `strips`. A DataFrame."
         import pandas as pd
-        if strips and self.seed == 0 and ":" not in self.variant: save_strip(torch.cat([self.shown[0], self.shown[last]]), strip_file(strips, self.variant, self.concept))
+        if strips and self.seed == 0: save_strip(torch.cat([self.shown[0], self.shown[last]]), strip_file(strips, self.variant, self.concept))
         return pd.DataFrame(self.rows)
+
+STEPS = (50, 200)  # of learning a word, at which it is asked
 
 def recalled(variant: str, concept: str, seed: int = 0,
              n: int = 20,  # images of each target
-             steps: tuple = (50, 200),  # of learning the word, at which to ask
+             steps: tuple = STEPS,
              cache: str | Path = "runs/cache", device: str = "", precision: str = "",
              strips: str | Path = ""  # a folder for a strip with seed 0: three images by name, the same by the last word; "" keeps none
             ):
@@ -166,40 +169,66 @@ def told(counts: dict[str, tuple[int, int]]) -> str:
     return "brought back " + "; ".join(f"{w} of {len(names)}: {', '.join(names)}" for w, names in held.items() if names)
 
 # %% ../nbs/lib/15_comeback.ipynb #c011
-WAYS = {  # how a study asks -> its file, what it counts, its verdict
-    "words that\nnever name it": ("ringabell", recall_rate, recall_verdict),
-    "three words\nin front": ("attack", attack_rate, attack_verdict),
-    "a learnt\nword": ("recall", recall_rate, recall_verdict)}
+@dataclass(frozen=True)
+class Way:
+    "A way of asking again, as a study."
+    title: str
+    run: Callable  # (variant, concept, seed, ...) -> rows
+    decides: dict  # what decides its search
+    rate: Callable  # (table, variant, concept) -> share of the images that show the concept
+    verdict: Callable  # (table, variant, concept) -> brought back, not brought back, not forgotten
 
-def comebacks(folder: str | Path = DATA / "results",  # of the studies
+RESULTS = DATA / "results"  # the studies that come with the project
+
+WAYS = {  # name of its study -> way
+    "ringabell": Way("words that\nnever name it", rung, {"ring": RING}, recall_rate, recall_verdict),
+    "attack": Way("three words\nin front", attacked, {"attack": SEARCH}, attack_rate, attack_verdict),
+    "recall": Way("a learnt\nword", recalled, {"steps": list(STEPS)}, recall_rate, recall_verdict)}
+
+def ask_again(name: str,  # of a way
+              path: str | Path,  # its study
+              variants: list[str], concepts: list[str], seeds: int = 3,
+              run: bool = False,  # False only says what is there
+              **given):
+    "The study of a way, with `run` after what it lacks of these variants, concepts and seeds is run. A DataFrame."
+    way, path = WAYS[name], Path(path)
+    if run: fill(path, [(v, c, s) for s in range(seeds) for c in concepts for v in variants], way.run, settled=lambda v: settings(v) | way.decides, strips=path.with_suffix(""), **given)
+    return state_of(path, concepts)
+
+def comebacks(*folders: str | Path,  # of the studies; that of the project where none is given
               concepts: tuple = ("Van Gogh", "Snoopy")):
     "A row for each variant, concept and way of asking that has runs: the share of images that show the concept (rate, lowest and highest seed), the runs, how many of them forgot the concept, and how many of those bring it back. A DataFrame."
     import pandas as pd
     rows = []
-    for way, (name, rate, verdict) in WAYS.items():
-        table = read_study(Path(folder) / f"{name}.csv")
+    for name, way in WAYS.items():
+        table = _study(name, folders)
         for c in concepts:
-            counts = brought_back(table, c, verdict)
+            counts = brought_back(table, c, way.verdict)
             for v in table[table.concept == c].variant.unique():
-                each, (back, forgot) = [rate(run, v, c) for _, run in table[(table.variant == v) & (table.concept == c)].groupby("seed")], counts.get(v, (0, 0))
-                rows.append(dict(variant=v, concept=c, way=way, rate=rate(table, v, c), lowest=min(each), highest=max(each), runs=len(each), forgot=forgot, back=back))
+                each, (back, forgot) = [way.rate(run, v, c) for _, run in table[(table.variant == v) & (table.concept == c)].groupby("seed")], counts.get(v, (0, 0))
+                rows.append(dict(variant=v, concept=c, way=name, rate=way.rate(table, v, c), lowest=min(each), highest=max(each), runs=len(each), forgot=forgot, back=back))
     return pd.DataFrame(rows)
 
-def comeback_poster(folder: str | Path, concept: str, across: int = 11):
-    "A figure: one prompt by name and in each of the ways there are strips of (of runs with seed 0), a column a method. None where there are no strips."
-    held = {way: strips for way, (name, *_) in WAYS.items() if (strips := strips_there(Path(folder) / name, concept))}
+def _study(name: str, folders: tuple): return read_study(*(Path(f) / f"{name}.csv" for f in folders or (RESULTS,)))
+
+def comeback_poster(concept: str, *folders: str | Path,
+                    rows: dict[str, str] | None = None,  # variant -> what to call it; None for the methods
+                    across: int = 11):
+    "A figure: one prompt by name and in each of the ways there are strips of (of runs with seed 0), a column a variant. None where there are no strips."
+    held = {way.title: strips for name, way in WAYS.items() if (strips := strips_there(concept, *(Path(f) / name for f in folders or (RESULTS,)), rows=rows))}
     if not held: return None
     *_, last = held.values()
     pick = lambda strips, title, k: strips[title][len(strips[title]) // 2 * k] if title in strips else torch.ones_like(next(iter(strips.values()))[0])
     return method_columns({title: torch.stack([pick(last, title, 0), *(pick(strips, title, 1) for strips in held.values())]) for title in last}, [*range(1 + len(held))], ["by name", *held], across)
 
-def comeback_map(folder: str | Path = DATA / "results", concepts: tuple = ("Van Gogh", "Snoopy")):
-    "A figure: a row a method, the one that gives back least first, and the model that never saw the concept last; a column a way of asking. None where there are no studies."
+def comeback_map(*folders: str | Path, concepts: tuple = ("Van Gogh", "Snoopy"),
+                 rows: dict[str, str] | None = None):  # variant -> what to call it, in this order; None for all there are, the one that gives back least first
+    "A figure: a row a variant, and the model that never saw the concept last; a column a way of asking. None where there are no studies."
     import matplotlib.pyplot as plt
-    table, named = comebacks(folder, concepts), read_study(Path(folder) / "attack.csv")
+    table, named = comebacks(*folders, concepts=concepts), _study("attack", folders)
     if not len(table): return None
-    order = [v for v in table.groupby("variant").rate.mean().sort_values(kind="stable").index if v != REFERENCE] + [REFERENCE]
-    titles = ["never saw it" if v == REFERENCE else METHODS[v].title.replace(" (reconstruction)", "") if v in METHODS else v for v in order]
+    if rows is None: rows = {v: titles().get(v, v) for v in table.groupby("variant").rate.mean().sort_values(kind="stable").index if v != REFERENCE}
+    order = [*rows, REFERENCE]
     fig, axes = plt.subplots(1, len(concepts), figsize=(1.6 + 3 * len(concepts), .42 * len(order) + 1), sharey=True, layout="constrained")
     for ax, c in zip(np.atleast_1d(axes), concepts):
         shares = np.full((len(order), 1 + len(WAYS)), np.nan)
@@ -216,6 +245,6 @@ def comeback_map(folder: str | Path = DATA / "results", concepts: tuple = ("Van 
         ax.imshow(shares, cmap="Reds", vmin=0, vmax=1, aspect="auto")
         ax.axhline(len(order) - 1.5, c="k", lw=1)
         ax.set(title=c, xticks=range(1 + len(WAYS)), yticks=range(len(order)))
-        ax.set_xticklabels(["by name", *WAYS], fontsize=8); ax.set_yticklabels(titles, fontsize=8)
+        ax.set_xticklabels(["by name", *(way.title for way in WAYS.values())], fontsize=8); ax.set_yticklabels([*rows.values(), "never saw it"], fontsize=8)
         ax.tick_params(length=0, top=False); ax.spines[:].set_visible(False)
     return fig

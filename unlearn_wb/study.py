@@ -26,9 +26,9 @@ from .workbench import MODES, read_options, stages
 
 # %% auto #0
 __all__ = ['REFERENCE', 'SHOWN', 'KEYS', 'read_variant', 'configure', 'settings', 'build', 'strip_of', 'strip_file', 'save_strip',
-           'read_strip', 'strips_there', 'read_strips', 'show_strips', 'poster', 'method_columns', 'trained', 'outcome',
-           'read_study', 'read_settings', 'same', 'stale', 'alone', 'claimed', 'fill', 'share', 'side_by_side',
-           'by_concept', 'reaches', 'paired', 'claim_holds']
+           'read_strip', 'titles', 'strips_there', 'read_strips', 'show_strips', 'poster', 'method_columns', 'trained',
+           'outcome', 'read_study', 'read_settings', 'same', 'stale', 'alone', 'claimed', 'fill', 'state_of', 'share',
+           'side_by_side', 'by_concept', 'reaches', 'paired', 'claim_holds']
 
 # %% ../nbs/lib/15_study.ipynb #c004
 REFERENCE = "exact reference"
@@ -98,14 +98,18 @@ def read_strip(file: Path) -> torch.Tensor:  # (N,3,H,W) in [0,1]
     x = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1).float() / 255
     return torch.stack(x.split(x.shape[1], 2))
 
-def strips_there(folder: str | Path, concept: str) -> dict[str, torch.Tensor]:
-    "The strips of the original, of the methods that have one and of the exact reference, by their titles."
-    names = {"original": "original"} | {k: m.title.replace(" (reconstruction)", "") for k, m in METHODS.items()} | {REFERENCE: REFERENCE}
-    return {title: read_strip(file) for name, title in names.items() if (file := strip_file(folder, name, concept)).exists()}
+def titles(rows: dict[str, str] | None = None) -> dict[str, str]:
+    "What to call the original, some variants (None for the methods) and the exact reference, in this order."
+    return {"original": "original"} | ({k: m.title.replace(" (reconstruction)", "") for k, m in METHODS.items()} if rows is None else rows) | {REFERENCE: REFERENCE}
+
+def strips_there(concept: str, *folders: str | Path, rows: dict[str, str] | None = None) -> dict[str, torch.Tensor]:
+    "The strips in these folders of what `titles` names, by title."
+    found = {title: next((file for f in folders if (file := strip_file(f, name, concept)).exists()), None) for name, title in titles(rows).items()}
+    return {title: read_strip(file) for title, file in found.items() if file}
 
 def read_strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], list]:
     "The strips of an erasure by their titles, and the probes they show."
-    held = strips_there(folder, concept)
+    held = strips_there(concept, folder)
     asked = ask(Erasure.find_all(_sandbox()[0], concept), 4)
     return held, [asked[i] for i in strip_of(asked)]
 
@@ -179,11 +183,12 @@ def outcome(variant: str, concept: str, seed: int = 0,
 # %% ../nbs/lib/15_study.ipynb #c009
 KEYS = ["variant", "concept", "seed"]
 
-def read_study(path: str | Path):
-    "The runs so far; empty when there is no file yet."
+def read_study(*paths: str | Path):
+    "The runs so far, of one file or of several together; empty when there is none yet."
     import pandas as pd
-    if not Path(path).exists(): return pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "precision", "judge", "settings"])
-    table = pd.read_csv(path, dtype={"judge": str})
+    tables = [pd.read_csv(p, dtype={"judge": str}) for p in paths if Path(p).exists()]
+    if not tables: return pd.DataFrame(columns=[*KEYS, "group", "hits", "n", "broken", "worst", "I", "seconds", "threads", "device", "precision", "judge", "settings"])
+    table = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
     return table if "settings" in table else table.assign(settings=None)  # of before there were any: old, all of it
 
 def read_settings(path: str | Path) -> dict[str, dict]:
@@ -256,6 +261,15 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
         did += 1
         if callback: callback(f"{', '.join(map(str, job))}: " + ", ".join(f"{g} {h / n:.0%}" for g, h, n in zip(rows.group, rows.hits, rows.n)) + f"; {rows.seconds.iloc[0]:.0f} s; at most {(len(jobs) - k - 1) * (time.time() - began) / did / 60:.0f} min left", flush=True)
     return read_study(path)
+
+def state_of(path: str | Path, concepts: list[str] | None = None):
+    "What is there of a study, of all concepts or of these; says how many runs, and which of them are out of date. A DataFrame."
+    table, old = read_study(path), stale(path)
+    if concepts: table, old = table[table.concept.isin(concepts)], [run for run in old if run[1] in concepts]
+    runs = table.drop_duplicates(KEYS)
+    print(f"{len(runs)} runs, of {table.seed.nunique()} seeds; seen by " + ", ".join(f"judge {j}: {n}" for j, n in runs.judge.value_counts().items()) if len(runs) else f"{Path(path).name} has no runs yet")
+    if old: print(f"{len(old)} of them with settings or a judge that have changed since, to be done again by the next fill: " + "; ".join(" on ".join(run[:2]) for run in old[:6]) + ("; ..." if len(old) > 6 else ""))
+    return table
 
 # %% ../nbs/lib/15_study.ipynb #c013
 def share(part, group: str, what: str = "hits") -> str:
