@@ -247,9 +247,10 @@ def verdict(table,  # of `rates`
     def of(model, group):
         part = table[(table.model == model) & (table.group == group)]
         return (float(part.hits.sum() / part.n.sum()), wilson(int(part.hits.sum()), int(part.n.sum())), int(part.n.sum()), float(part.rate.min())) if len(part) else None
-    numbers = {f"{g}_{m}": of(m, g) for g in ("target", "linked", "retained", "other") for m in dict.fromkeys(table.model)}
+    numbers = {f"{g}_{m}": of(m, g) for g in ("target", "linked", "retained", "other") for m in dict.fromkeys([*table.model, original, unlearned])}
     say = lambda v: f"{v[0]:.0%} [{v[1][0]:.0%}, {v[1][1]:.0%}]"
     t, before = numbers[f"target_{unlearned}"], numbers[f"target_{original}"]
+    if not (t and before): return {"verdict": f"'{target}' cannot be judged: the {'original' if t else 'unlearned'} model's images of it hold NaN; lower lr, or use precision fp32.", "forgotten": "not judged", "broken": 1.}
     forgotten = "forgotten" if t[0] <= FORGOTTEN else "weakened" if t[0] < before[0] / 2 else "still there"
     text = f"'{target}' is {forgotten}: {say(t)} of {t[2]} images still show it (before: {before[0]:.0%}"
     exact = next((v for k, v in numbers.items() if k.startswith("target_reference") and v), None)
