@@ -132,6 +132,7 @@ def method_columns(held: dict[str, torch.Tensor],  # a method's images, by its t
     "A figure: a column a method, `across` of them side by side, then the next."
     from textwrap import wrap
     from unlearn_wb.plots import show_images
+    across = min(across, len(held))
     blocks = [list(held)[i:i + across] for i in range(0, len(held), across)]
     white = torch.ones_like(next(iter(held.values())))
     fig = show_images(torch.stack([(held[b[k]] if k < len(b) else white)[i] for b in blocks for i in first for k in range(across)]), rows * len(blocks), size=.8)
