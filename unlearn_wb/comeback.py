@@ -189,9 +189,10 @@ def ask_again(name: str,  # of a way
               path: str | Path,  # its study
               variants: list[str], concepts: list[str], seeds: int = 3,
               run: bool = False,  # False only says what is there
-              **given):
+              n: int = 0,  # images of each target; 0 for the way's default
+              cache: str | Path = "runs/cache", device: str = ""):
     "The study of a way, with `run` after what it lacks of these variants, concepts and seeds is run. A DataFrame."
-    way, path = WAYS[name], Path(path)
+    way, path, given = WAYS[name], Path(path), dict(cache=cache, device=device) | ({"n": n} if n else {})
     if run: fill(path, [(v, c, s) for s in range(seeds) for c in concepts for v in variants], way.run, settled=lambda v: settings(v) | way.decides, strips=path.with_suffix(""), **given)
     return state_of(path, concepts)
 
