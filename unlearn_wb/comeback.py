@@ -57,7 +57,7 @@ STEPS = (50, 200)  # of learning a word, at which it is asked
 
 def recalled(variant: str, concept: str, seed: int = 0,
              n: int = 20,  # images of each target
-             steps: tuple = STEPS,
+             steps: tuple = STEPS,  # of learning the word, at which to ask
              cache: str | Path = "runs/cache", device: str = "", precision: str = "",
              strips: str | Path = ""  # a folder for a strip with seed 0: three images by name, the same by the last word; "" keeps none
             ):
