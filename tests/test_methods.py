@@ -407,11 +407,14 @@ def test_a_preset_of_a_method_under_another_name_keeps_what_makes_it_that():
     assert of("rgd").diverse and of("rgd", "paper").diverse and not of("rg", "paper").diverse
     assert of("rgd", "released").diverse and of("rgd", "released").truncated == "skip"
     assert of("advanchor-adv2", "paper").anchor_loss == "adv2" and of("advanchor-adv2", "paper").norm and of("advanchor", "paper").anchor_loss == "adv1"
+    deep = lambda: (of("conabl-deep") == of("conabl", "deep"), of("conabl-deep").scope, of("conabl").lr / of("conabl-deep").lr)
+    assert deep() == (True, "full", pytest.approx(5))
     with pytest.raises(ValueError, match="unknown preset 'papr'; did you mean 'paper'"): of("rgd", "papr")
     model = Denoiser.load()
     e = Erasure.find(model, "Van Gogh")
     assert of("advanchor-adv2") == of("advanchor", "adv2") and of("advanchor-adv2").anchor_lr == pytest.approx(10 * of("advanchor").anchor_lr), "adv2 stops by itself"
     assert of("advanchor-adv2", "paper").anchor_lr == of("advanchor", "paper").anchor_lr, "but the paper's has one learning rate"
+    assert deep() == (True, "full", pytest.approx(5)) and of("conabl-deep").lr > 1e-5, "on the sandbox the learning rate is the one tuned for it"
 
 
 BAD = {

@@ -214,7 +214,7 @@ def _study(name: str, folders: tuple): return read_study(*(Path(f) / f"{name}.cs
 
 def comeback_poster(concept: str, *folders: str | Path,
                     rows: dict[str, str] | None = None,  # variant -> what to call it; None for the methods
-                    across: int = 11):
+                    across: int = 12):
     "A figure: one prompt by name and in each of the ways there are strips of (of runs with seed 0), a column a variant. None where there are no strips."
     held = {way.title: strips for name, way in WAYS.items() if (strips := strips_there(concept, *(Path(f) / name for f in folders or (RESULTS,)), rows=rows))}
     if not held: return None

@@ -107,21 +107,21 @@ def strips_there(concept: str, *folders: str | Path, rows: dict[str, str] | None
     found = {title: next((file for f in folders if (file := strip_file(f, name, concept)).exists()), None) for name, title in titles(rows).items()}
     return {title: read_strip(file) for title, file in found.items() if file}
 
-def read_strips(folder: str | Path, concept: str) -> tuple[dict[str, torch.Tensor], list]:
-    "The strips of an erasure by their titles, and the probes they show."
-    held = strips_there(concept, folder)
+def read_strips(concept: str, *folders: str | Path, rows: dict[str, str] | None = None) -> tuple[dict[str, torch.Tensor], list]:
+    "The strips of an erasure by their titles (`strips_there`), and the probes they show."
+    held = strips_there(concept, *folders, rows=rows)
     asked = ask(Erasure.find_all(_sandbox()[0], concept), 4)
     return held, [asked[i] for i in strip_of(asked)]
 
-def show_strips(folder: str | Path, concept: str):
+def show_strips(concept: str, *folders: str | Path, rows: dict[str, str] | None = None):
     "A figure: a row a method, a column a prompt. None where there are no strips."
     from unlearn_wb.plots import show_images
-    held, probes = read_strips(folder, concept)
+    held, probes = read_strips(concept, *folders, rows=rows)
     return show_images(torch.cat(list(held.values())), list(held), [f"{p.group}:\n{p.prompt}" for p in probes]) if held else None
 
-def poster(folder: str | Path, concept: str, across: int = 11):
-    "The strips of an erasure, one prompt of each group: a column a method, `across` of them side by side. None where there are no strips."
-    held, probes = read_strips(folder, concept)
+def poster(concept: str, *folders: str | Path, rows: dict[str, str] | None = None, across: int = 12):
+    "The strips of an erasure, one prompt of each group: a column a method, at most `across` of them side by side. None where there are no strips."
+    held, probes = read_strips(concept, *folders, rows=rows)
     first = [next(i for i, p in enumerate(probes) if p.group == g) for g in dict.fromkeys(p.group for p in probes)]
     return method_columns(held, first, [f"{probes[i].group}:\n{probes[i].prompt}" for i in first], across) if held else None
 
@@ -129,10 +129,10 @@ def method_columns(held: dict[str, torch.Tensor],  # a method's images, by its t
                    first: list[int],  # which of them to show
                    rows: list[str],  # what to call those
                    across: int):
-    "A figure: a column a method, `across` of them side by side, then the next."
+    "A figure: a column a method, at most `across` of them side by side, in lines of one length."
     from textwrap import wrap
     from unlearn_wb.plots import show_images
-    across = min(across, len(held))
+    across = -(-len(held) // -(-len(held) // across))
     blocks = [list(held)[i:i + across] for i in range(0, len(held), across)]
     white = torch.ones_like(next(iter(held.values())))
     fig = show_images(torch.stack([(held[b[k]] if k < len(b) else white)[i] for b in blocks for i in first for k in range(across)]), rows * len(blocks), size=.8)
@@ -161,7 +161,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
             cache: str | Path = "runs/cache",  # what the original paints, shared by all runs
             device: str = "",  # "" for a GPU where there is one
             precision: str = "",  # of training and painting; "" takes the device's default
-            strips: str | Path = ""  # a folder for a strip of pictures of each method's run with seed 0; "" keeps none
+            strips: str | Path = ""  # a folder for a strip of pictures of a run with seed 0; "" keeps none
            ):
     "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, the judge's fingerprint, the device, the precision, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
     import pandas as pd
@@ -175,7 +175,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
     with tempfile.TemporaryDirectory() as brief:
         galleries = {"original": Gallery(original, cache, precision=precision), "unlearned": Gallery(result, Cache(brief), result.fingerprint(), precision=precision)}
         ev = Evaluation(asked, galleries, {"classifier": SandboxJudge(judge), "distance": PerceptualDistance(judge)})
-        if strips and seed == 0 and ":" not in variant:
+        if strips and seed == 0:
             for who, gallery in (("original", galleries["original"]), (variant, galleries["unlearned"])): save_strip(gallery.pick(asked, strip_of(asked)), strip_file(strips, who, concept))
         rows, rates = ev.judged().query("model == 'unlearned'"), ev.rates().query("model == 'unlearned'")
     far = rows.groupby("group")["distance to original"].mean()

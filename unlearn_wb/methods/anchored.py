@@ -80,14 +80,14 @@ SCALE = ("lr", "num_images")
 def defaults_for(config,  # the paper's configuration, or a function of the erasure that gives it
                  sandbox,  # what is changed for the sandbox, a dict or a function of the erasure and the preset's changes
                  presets: dict | None = None):  # name -> further changes; {"paper": {}} when not given
-    "A method's `defaults(model, erasure, preset)`; presets joined by + are laid on top of each other."
+    "A method's `defaults(model, erasure, preset)`; presets joined by + are laid on top of each other. On the sandbox a preset leaves what `SCALE` names as it was tuned for it."
     known = {"default": {}} | ({"paper": {}} if presets is None else presets)
     def defaults(model: Denoiser, erasure: Erasure, preset: str = "default"):
         "The configuration for a kind of base model, with a preset on top."
         names, start = preset.split("+"), config(erasure) if callable(config) else config
         change = {k: v for n in names for k, v in choose("preset", n, known).items()}
         tuned = {k: v for k, v in (sandbox(erasure, change) if callable(sandbox) else sandbox).items() if "paper" not in names or k in SCALE} if erasure.vocabulary.closed else {}
-        return replace(start, **{**tuned, **change})
+        return replace(start, **change | tuned | {k: v for k, v in change.items() if k not in SCALE})
     return defaults
 
 # %% ../../nbs/methods/anchored.ipynb #c009

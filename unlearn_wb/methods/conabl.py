@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .anchored import Anchored, MethodConfig, defaults_for
 
 # %% auto #0
-__all__ = ['TARGETS', 'defaults', 'ConAblConfig', 'ConAbl']
+__all__ = ['TARGETS', 'PRESETS', 'defaults', 'ConAblConfig', 'ConAbl']
 
 # %% ../../nbs/methods/conabl.ipynb #c003
 @dataclass(frozen=True)
@@ -36,4 +36,6 @@ class ConAbl(Anchored):
             with torch.no_grad(): goal = self.eps(b, b.other)
         return F.mse_loss(self.eps(b), goal)
 
-defaults = defaults_for(ConAblConfig(), dict(lr=1e-3, iterations=200, num_images=96, weight=3.))
+PRESETS = {"paper": {}, "deep": dict(images="target", scope="full", keep="drift", lr=3.2e-6)}  # deep: the workbench's; its learning rate is the default's fifth, as on the sandbox, and not tried on a real model
+
+defaults = defaults_for(ConAblConfig(), lambda e, change: dict(lr=2e-4 if change.get("scope") == "full" else 1e-3, iterations=200, num_images=96, weight=3.), PRESETS)
