@@ -161,7 +161,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
             cache: str | Path = "runs/cache",  # what the original paints, shared by all runs
             device: str = "",  # "" for a GPU where there is one
             precision: str = "",  # of training and painting; "" takes the device's default
-            strips: str | Path = ""  # a folder for a strip of pictures of a run with seed 0; "" keeps none
+            strips: str | Path = ""  # a folder for a strip of pictures of each method's run with seed 0; "" keeps none
            ):
     "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, the judge's fingerprint, the device, the precision, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
     import pandas as pd
@@ -175,7 +175,7 @@ def outcome(variant: str, concept: str, seed: int = 0,
     with tempfile.TemporaryDirectory() as brief:
         galleries = {"original": Gallery(original, cache, precision=precision), "unlearned": Gallery(result, Cache(brief), result.fingerprint(), precision=precision)}
         ev = Evaluation(asked, galleries, {"classifier": SandboxJudge(judge), "distance": PerceptualDistance(judge)})
-        if strips and seed == 0:
+        if strips and seed == 0 and ":" not in variant:
             for who, gallery in (("original", galleries["original"]), (variant, galleries["unlearned"])): save_strip(gallery.pick(asked, strip_of(asked)), strip_file(strips, who, concept))
         rows, rates = ev.judged().query("model == 'unlearned'"), ev.rates().query("model == 'unlearned'")
     far = rows.groupby("group")["distance to original"].mean()
