@@ -21,12 +21,14 @@ from unlearn_wb.concepts import Cache, Erasure, Probe
 from unlearn_wb.diffusion import Denoiser, sample
 from unlearn_wb.evaluation import BadPrompts, Evaluation, Gallery, ask, read_prompts, verdict
 from unlearn_wb.metrics import Clip, Missing, fid, fid_value, kid_value, mean_value, scorers_for, wilson
+from unlearn_wb.recall import spoken
 from unlearn_wb.reference import bound, distances, prediction_gap, reference_for
+from unlearn_wb.relearn import lessons, tune
 from unlearn_wb.ringabell import unnamed
 from unlearn_wb.runs import BadRun
 
 EVALUATE = dict(run="", base_model="", concept="", prompts="", own_prompts=True, eval_images=2, metrics="ACC, CS, CA, AS gap, I", protocol="workbench", clip="", classifier="", features="", distance="",
-                nudity="none", faces="none", show_explicit=False, exact=True, recall=0, attack=0, unnamed=0, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
+                nudity="none", faces="none", show_explicit=False, exact=True, recall=0, attack=0, unnamed=0, relearn=0, steps=4, guidance=4., device="", precision="fp32", num_processes=1, out_dir="")
 
 
 @pytest.fixture(scope="module")
@@ -385,6 +387,34 @@ def test_every_model_is_asked_with_the_same_words_that_never_name_the_target(run
     assert len(found) == 1, "what was found is kept"
 
 
+def test_models_are_trained_on_asked_and_put_back(run, tmp_path, monkeypatch):
+    steps = []
+    def counted(model, latents, prompts, many, **kw):
+        steps.append(many)
+        return tune(model, latents, prompts, many, **kw)
+    monkeypatch.setattr("unlearn_wb.assessment.tune", counted)
+    a = Assessment({**EVALUATE, "run": str(run), "metrics": "ACC", "out_dir": str(tmp_path / "out"), "relearn": 2})
+    a.measure()
+    mine, original = a.evaluation.galleries["short"], a.evaluation.galleries["original"]
+    before, table = mine.model.fingerprint(), a.show_relearn().data
+    ways = ["by name", "after 2 steps on its name", "after 2 steps on a new word", "after 10 steps on other pictures"]
+    assert list(table.model) == ["short", "reference (never saw it)"] and list(table.columns) == ["model", *ways] and steps == [2, 2, 10] * 2
+    assert mine.model.fingerprint() == before and (tmp_path / "out/images/relearn.png").exists()
+    rows, asked = pd.read_csv(tmp_path / "out/relearn.csv"), [q for q in a.evaluation.asked if q.group == "target"]
+    assert rows.groupby(["model", "way"]).size().to_dict() == {(m, w): len(asked) for m in table.model for w in ways}
+    latents, prompts, words = lessons(original.model, a.erasures, cache=original.cache)["a new word"]
+    with spoken(mine.model, words):
+        for _ in tune(mine.model, latents, prompts, 2): pass
+        images = sample(mine.model, [q.prompt for q in asked], [q.seed for q in asked], steps=4, guidance=4.)
+    clip, told = a.evaluation.scorers["clip"], rows[(rows.model == "short") & (rows.way == ways[2])]
+    assert list(told["clip score"]) == pytest.approx((100 * (clip((images * 255).round() / 255) * clip.texts(list(told.prompt))).sum(1)).tolist(), abs=.02)
+    hits, said = rows.groupby(["way", "model"]).hit.mean(), a.finish()
+    assert "trained on, it shows the target in " + ", ".join(f"{hits[w, 'short']:.0%} of its images {w} (the model that never saw it in {hits[w, 'reference (never saw it)']:.0%})" for w in ways[1:]) in said
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["models"]["short"]["relearnt"][ways[3]] == pytest.approx(hits[ways[3]].to_dict())
+    a.show_relearn()
+    assert len(steps) == 6, "what was painted is kept"
+
+
 def test_a_csv_of_prompts_with_its_seeds(run, tmp_path):
     (tmp_path / "p.csv").write_text("case_number,prompt,evaluation_seed\n0,a photo of a cat,77\n1," + "very " * 10000 + "big cat,3\n2,,1\n")
     a = Assessment({**EVALUATE, "run": str(run), "prompts": str(tmp_path / "p.csv"), "own_prompts": False, "out_dir": str(tmp_path / "out"), "exact": False, "metrics": "CS, AS gap, I, CA, FID"})
@@ -412,6 +442,7 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(run, tmp_path, model):
     with pytest.raises(ValueError, match="recall = -1; a number of steps is needed"): Assessment({**EVALUATE, "run": str(run), "recall": -1, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="attack = -1; a number of words is needed"): Assessment({**EVALUATE, "run": str(run), "attack": -1, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="unnamed = -1; a number of prompts is needed"): Assessment({**EVALUATE, "run": str(run), "unnamed": -1, "out_dir": str(tmp_path / "o")})
+    with pytest.raises(ValueError, match="relearn = -1; a number of steps is needed"): Assessment({**EVALUATE, "run": str(run), "relearn": -1, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="attack = 30; beside the longest prompt of the target the text encoder has room for 1[0-9] words"): Assessment({**EVALUATE, "run": str(run), "attack": 30, "out_dir": str(tmp_path / "o")})
     with pytest.raises(ValueError, match="unknown protocol 'smp'; did you mean 'spm'"): Assessment({**EVALUATE, "run": str(run), "protocol": "smp", "out_dir": str(tmp_path / "o")})
 
@@ -429,7 +460,7 @@ def test_the_papers_protocol_asks_clip_for_the_bare_name_against_nothing(model, 
 
 def test_evaluation_killed_and_resumed_gives_the_same_numbers(run, tmp_path):
     command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/evaluate.ipynb"), "out.ipynb", "--no-progress-bar"]
-    asked = dict(run=str(run), eval_images=2, steps=4, precision="fp32", metrics="ACC, CS, I", exact=False, recall=3, attack=0, unnamed=0)
+    asked = dict(run=str(run), eval_images=2, steps=4, precision="fp32", metrics="ACC, CS, I", exact=False, recall=3, attack=0, unnamed=0, relearn=0)
     flags = [x for k, v in asked.items() for x in ("-p", k, str(v))]
     p = subprocess.Popen([*command, *flags, "-p", "out_dir", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.time() + 120

@@ -9,6 +9,7 @@ from unlearn_wb.diffusion import BadModel, Denoiser, add_noise, sample, seeded
 from unlearn_wb.loop import unlearn
 from unlearn_wb.recall import learn_word
 from unlearn_wb.registry import METHODS
+from unlearn_wb.relearn import restored, tune
 from unlearn_wb.ringabell import concept_vector, prompt_pairs, ring
 
 FAMILIES = {"sd1": lambda: tiny_pipeline("epsilon"), "sd2": lambda: tiny_pipeline("v_prediction"), "sdxl": tiny_xl_pipeline, "sd3": tiny_flow_pipeline}
@@ -144,6 +145,32 @@ def test_a_word_is_learnt_as_if_it_stood_in_the_encoders_table(family):
     for table, place, was, first, word in zip(tables, places, saved, start, learnt[0][2]):
         clear = table.grad[place].abs() > 1e-6 * table.grad[place].abs().max()
         torch.testing.assert_close((word - first)[clear], (-.5 * was.std() * table.grad[place].sign())[clear], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_trained_on_by_the_plain_loss_and_put_back(family):
+    "The first step against AdamW's on the loss as it is usually written: all weights, each by the sign of its gradient."
+    model, prompts = Denoiser.of(FAMILIES[family](), family), ["a cat by van gogh", "a dog", "a house"]
+    latents, before = torch.randn(3, 4, 8, 8, generator=seeded(1)), model.fingerprint()
+    old = {k: w.detach().clone() for k, w in model.unet.named_parameters()}
+    g = seeded(0, 0, "relearn")
+    i, t, eps = torch.randint(3, (4,), generator=g), torch.randint(1, 1000, (4,), generator=g), torch.randn(4, 4, 8, 8, generator=g)
+    model.unet.requires_grad_(True)
+    loss = (model.eps(add_noise(latents[i], eps, model.abar[t]), t, model.embed([prompts[k] for k in i])) - eps).square().mean()
+    grads = dict(zip(old, torch.autograd.grad(loss, list(model.unet.parameters()), allow_unused=True)))
+    model.unet.requires_grad_(False)
+    for lr, given in ((1e-3, {"lr": 1e-3}), (1e-5, {})):  # without one a tenth of the sandbox's
+        with restored(model):
+            (step, first), *_ = tune(model, latents, prompts, steps=1, batch=4, **given)
+            assert step == 1 and abs(first - loss.item()) < 1e-5 * first
+            moved = 0
+            for k, w in model.unet.named_parameters():
+                if grads[k] is None: continue
+                clear = grads[k].abs() > 1e-3 * max(1e-3, grads[k].abs().max())
+                moved += int(clear.sum())
+                torch.testing.assert_close((w - old[k] * (1 - lr * 1e-2))[clear], -lr * grads[k].sign()[clear], rtol=2e-2, atol=1e-7)
+            assert moved > 1000 and not any(w.requires_grad for w in model.unet.parameters())
+        assert model.fingerprint() == before
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 TRAINING = ["train_doco", "train_baseline", "train_advanchor", "train_rgd", "train_integrity"]
-RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "bench_gpu", "sweep", "explore", "reproduce_linked", "reproduce_sandbox", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_layers", "reproduce_deep", "evaluate", "compare"]
+RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "bench_gpu", "sweep", "explore", "reproduce_linked", "reproduce_sandbox", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "evaluate", "compare"]
 
 
 def tool(name): return str(shutil.which(name, path=str(ROOT / ".venv/bin")) or shutil.which(name))

@@ -15,6 +15,7 @@ from .evaluation import ARROW, GROUPS, number, Evaluation, Gallery, ask, count_c
 from .metrics import METRICS, PROTOCOLS, Unmeasurable, blur, flagged, per_cent, scorers_for, wilson
 from .recall import learn_words, spoken
 from .reference import distances, plot_distances, reference_for
+from .relearn import lessons, restored, tune
 from .ringabell import RING, prompt_pairs, unnamed
 from .runs import BadRun, write_json
 from .launch import check_processes
@@ -73,7 +74,7 @@ class Assessment:
         protocol = choose("protocol", p["protocol"], PROTOCOLS)
         n, steps, guidance = (p[k] or getattr(protocol, what) for k, what in (("eval_images", "images"), ("steps", "steps"), ("guidance", "guidance")))
         if min(n, steps) < 1 or guidance < 0: raise ValueError(f"eval_images = {n}, steps = {steps}, guidance = {guidance}; positive numbers are needed, or 0 for the protocol's")
-        for what, of in (("recall", "steps"), ("attack", "words"), ("unnamed", "prompts")):
+        for what, of in (("recall", "steps"), ("attack", "words"), ("unnamed", "prompts"), ("relearn", "steps")):
             if p[what] < 0: raise ValueError(f"{what} = {p[what]}; a number of {of} is needed, or 0 to leave it out")
         self.metrics = [m.strip() for m in p["metrics"].split(",") if m.strip()]
         for m in self.metrics: choose("metric", m, METRICS)
@@ -251,6 +252,31 @@ class Assessment:
         self._keep(self._strips(pictures, [f"{m}, {w}" for m in ev.galleries for w in ways], [asked[i].prompt for i in shown], f"Asked for {self.targets} by name, and with words that never name it"), "unnamed")
         return self._by_way(self.rung, "way", ways, "unnamed")
 
+    def show_relearn(self, n: int = 5):
+        "The unlearned models and the exact reference, trained on and asked for the target: `relearn` steps on pictures of it, under its name and under a word that means nothing yet, and five times as many on pictures of what is kept. The models stay as they are. Images, and a table as of `show_recall`. None where that is not asked for."
+        import pandas as pd
+        ev, steps, original, precision = self.evaluation, self.p["relearn"], self.evaluation.galleries["original"], self.settings["precision"]
+        asked = [q for q in ev.asked if q.group == "target"]
+        if not (steps and asked): return None
+        scorers, shown = {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, of_each(asked, "target", n)
+        seen, pictures, labels = [ev.judged().query("group == 'target' and model != 'original'").assign(way="by name")], [], []
+        taught = lessons(original.model, self.erasures, cache=original.cache, precision=precision)
+        ways = {f"after {k} steps on {lesson}": (lesson, k) for lesson in taught for k in [5 * steps if lesson == "other pictures" else steps]}
+        for name, gallery in ev.galleries.items():
+            if gallery is original: continue
+            pictures.append(gallery.pick(ev.asked, [ev.asked.index(asked[i]) for i in shown])), labels.append(f"{name}, by name")
+            for way, (lesson, many) in ways.items():
+                latents, prompts, words = taught[lesson]
+                told, progress = Gallery(gallery.model, gallery.cache, f"{gallery.key}, {way}, {precision}", **self.settings), Progress(f"training {name} on {lesson}", "step")
+                with restored(gallery.model), spoken(gallery.model, words):
+                    if not all(gallery.cache.has(told.where(part)) for part in told.parts(asked)):
+                        for step, _ in tune(gallery.model, latents, prompts, many, precision=precision): progress(step, many)
+                    seen.append(judged(asked, told.scores(asked, scorers, original, Progress(f"asking {way}, {name}")), scorers, name).assign(way=way))
+                    pictures.append(told.pick(asked, shown)), labels.append(f"{name}, {way}")
+        self.relearnt = pd.concat(seen, ignore_index=True)
+        self._keep(self._strips(pictures, labels, [asked[i].prompt for i in shown], f"Asked for {self.targets} by name, and after training all weights on"), "relearn")
+        return self._by_way(self.relearnt, "way", ("by name", *ways), "relearn")
+
     def _texts(self, e: Erasure, n: int) -> list[tuple[str, str]]:
         "Prompts that name a target, each with a text that `ring` finds for it; kept."
         original = self.evaluation.galleries["original"]
@@ -297,6 +323,10 @@ class Assessment:
                 back = self.rung[self.rung.way == "never named"].dropna(subset="hit").astype({"hit": float}).groupby("model", sort=False).hit.mean()
                 v["never named"] = {m: float(r) for m, r in back.items()}
                 lines.append(f"- asked with words that never name it, {back[name]:.0%} of its images show the target; of the original's {back['original']:.0%}" + "".join(f", of the model that never saw it {r:.0%}" for m, r in back.items() if m.startswith("reference")))
+            if hasattr(self, "relearnt") and "hit" in self.relearnt and self.relearnt.hit.notna().any():
+                back = self.relearnt.dropna(subset="hit").astype({"hit": float}).groupby(["way", "model"], sort=False).hit.mean()
+                v["relearnt"] = {way: {m: float(r) for m, r in part.droplevel(0).items()} for way, part in back.groupby(level=0, sort=False)}
+                lines.append("- trained on, it shows the target in " + ", ".join(f"{of[name]:.0%} of its images {way}" + "".join(f" (the model that never saw it in {r:.0%})" for m, r in of.items() if m.startswith("reference")) for way, of in v["relearnt"].items() if way != "by name"))
             out[name] = v
         write_json(self.out / "evaluation.json", dict(run=self.p["run"], concept=self.targets, asked=len(self.evaluation.asked), models=out, metrics=self.long.to_dict("records")))
         return "\n".join(["\n".join(lines[:1]), *lines[1:]]) if len(lines) < 2 else "\n\n".join([lines[0], "\n".join(lines[1:])])

@@ -13,7 +13,7 @@ from .diffusion import Denoiser, add_noise, seeded
 from .methods.anchored import paint_bank
 
 # %% auto #0
-__all__ = ['encoders', 'spoken', 'pictures_of', 'learn_word', 'learn_words']
+__all__ = ['encoders', 'spoken', 'pictures_of', 'new_word', 'drawn', 'learn_word', 'learn_words']
 
 # %% ../nbs/lib/09_recall.ipynb #c005
 def encoders(model: Denoiser) -> list[tuple]:
@@ -43,10 +43,25 @@ def spoken(model: Denoiser,
         for h in hooks: h.remove()
 
 # %% ../nbs/lib/09_recall.ipynb #c007
-def pictures_of(original: Denoiser, erasure: Erasure, n: int = 48, seed: int = 0, cache: Cache | None = None, precision: str = "fp32") -> tuple[torch.Tensor, list[str]]:
+def pictures_of(original: Denoiser, erasure: Erasure, n: int = 48, seed: int = 0, cache: Cache | None = None, precision: str = "fp32",
+                side: str = "target"  # or "retain": pictures of what is kept
+               ) -> tuple[torch.Tensor, list[str]]:
     "What the attacker has: `n` pictures of the concept as latents (n,C,h,w), painted by the original, and their prompts."
-    prompts = list(bank(erasure, n, seed).target)
+    prompts = list(getattr(bank(erasure, n, seed), side))
     return paint_bank(original, [prompts], n, seed + 3, cache, precision=precision)[0].to(original.device), prompts
+
+def new_word(model: Denoiser, concept: str, seed: int = 0) -> list[torch.Tensor]:
+    "A word that means nothing yet, for `spoken`: noise around the mean of each text encoder's table."
+    g, tables = seeded(seed, "word", concept), [(_tokens_of(tokenizer, concept), encoder.get_input_embeddings().weight.float()) for tokenizer, encoder in encoders(model)]
+    return [table.mean(0) + .5 * table.std() * torch.randn(len(part), table.shape[1], generator=g).to(table) for part, table in tables]
+
+def drawn(model: Denoiser,
+          latents: torch.Tensor,  # (n,C,h,w)
+          batch: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Pictures at random, noised: which ones (B,), timesteps t (B,), the noise eps in them and x_t (B,C,h,w)."
+    i, t = torch.randint(len(latents), (batch,), generator=g), torch.randint(1, len(model.abar), (batch,), generator=g).to(model.device)
+    eps = torch.randn(batch, *model.latent_shape, generator=g).to(model.device)
+    return i, t, eps, add_noise(latents[i], eps, model.abar[t])
 
 def learn_word(model: Denoiser, concept: str,
                latents: torch.Tensor,  # pictures of the concept (n,C,h,w)
@@ -56,20 +71,16 @@ def learn_word(model: Denoiser, concept: str,
                seed: int = 0, precision: str = "fp32") -> Iterator[tuple[int, float, list[torch.Tensor]]]:
     "Concept inversion (Pham et al. 2024): yields (step, loss, the word so far) after each step. The model's weights stay as they are. Raises `BadConcept` where a prompt does not name the concept."
     for p in dict.fromkeys(prompts): token_spans(model, p, concept)
-    tables = [(_tokens_of(tokenizer, concept), encoder.get_input_embeddings().weight.float()) for tokenizer, encoder in encoders(model)]
-    g = seeded(seed, "word", concept)
-    word = [(table.mean(0) + .5 * table.std() * torch.randn(len(part), table.shape[1], generator=g).to(table)).requires_grad_(True) for part, table in tables]
-    optimizer = torch.optim.Adam([dict(params=[w], lr=pace * float(table.std())) for w, (_, table) in zip(word, tables)])
+    word = [w.requires_grad_(True) for w in new_word(model, concept, seed)]
+    optimizer = torch.optim.Adam([dict(params=[w], lr=pace * float(encoder.get_input_embeddings().weight.float().std())) for w, (_, encoder) in zip(word, encoders(model))])
     for step in range(steps):
-        g = seeded(seed, step, "recall")
-        i, t = torch.randint(len(latents), (batch,), generator=g), torch.randint(1, len(model.abar), (batch,), generator=g).to(model.device)
-        eps = torch.randn(batch, *model.latent_shape, generator=g).to(model.device)
+        i, t, eps, x_t = drawn(model, latents, batch, seeded(seed, step, "recall"))
         optimizer.zero_grad()
         total = 0.
         for some in torch.arange(batch).split(model.at_once):
             with torch.enable_grad(), spoken(model, {concept: word}):
                 c = model.embed([prompts[k] for k in i[some]])
-                with model.autocast(precision): loss = F.mse_loss(model.eps(add_noise(latents[i[some]], eps[some], model.abar[t[some]]), t[some], c), eps[some]) * len(some) / batch
+                with model.autocast(precision): loss = F.mse_loss(model.eps(x_t[some], t[some], c), eps[some]) * len(some) / batch
                 torch.autograd.backward(loss, inputs=word)
             total += loss.item()
         optimizer.step()
