@@ -165,20 +165,26 @@ class Assessment:
         "Every model asked for the target by name and by a word learnt for it (`recall` steps): images, and a table of rates and CLIP scores. None where that is not asked for."
         import pandas as pd
         ev, steps, original = self.evaluation, self.p["recall"], self.evaluation.galleries["original"]
-        asked = [q for q in ev.asked if q.group == "target"]
+        asked, scorers, shown, by_name = self._again(n)
         if not (steps and asked): return None
-        scorers, shown = {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, of_each(asked, "target", n)
         seen, pictures = [ev.judged().query("group == 'target'").assign(word="by name")], []
         for name, gallery in ev.galleries.items():
             words = learn_words(gallery.model, original.model, self.erasures, steps, precision=self.settings["precision"], cache=original.cache, callback=Progress(f"learning a word, {name}", "step"))
             with spoken(gallery.model, words):
                 told = Gallery(gallery.model, gallery.cache, f"{gallery.key}, a word learnt in {steps} steps", **self.settings)
                 seen.append(judged(asked, told.scores(asked, scorers, original, Progress(f"asking by it, {name}")), scorers, name).assign(word="by a learnt word"))
-                pictures += [gallery.pick(ev.asked, [ev.asked.index(asked[i]) for i in shown]), told.pick(asked, shown)]
+                pictures += [by_name(gallery), told.pick(asked, shown)]
         self.recalled = pd.concat(seen, ignore_index=True)
         ways = ("by name", "by a learnt word")
         self._keep(self._strips(pictures, [f"{m}, {w}" for m in ev.galleries for w in ways], [asked[i].prompt for i in shown], f"Asked for {self.targets} by name, and by a word learnt in {steps} steps"), "recall")
         return self._by_way(self.recalled, "word", ways, "recall")
+
+    def _again(self, n):
+        "For asking again: the target's probes, what scores them, which to show, and those as a model painted them by name."
+        ev = self.evaluation
+        asked = [q for q in ev.asked if q.group == "target"]
+        shown = of_each(asked, "target", n)
+        return asked, {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, shown, lambda gallery: gallery.pick(ev.asked, [ev.asked.index(asked[i]) for i in shown])
 
     def _strips(self, pictures, rows, cols, title):
         "A figure of images asked for in several ways, blurred as elsewhere."
@@ -202,9 +208,8 @@ class Assessment:
         "The unlearned models and the exact reference asked for the target by name and with words in front that an attack on each has found (`attack` of them at most); an unlearned model's words are asked of the reference too. Images, and a table as of `show_recall`. None where that is not asked for."
         import pandas as pd
         ev, original, ways = self.evaluation, self.evaluation.galleries["original"], ("by name", "with words", "the same words, never saw it")
-        asked = [q for q in ev.asked if q.group == "target"]
+        asked, scorers, shown, by_name = self._again(n)
         if not (self.p["attack"] and asked): return None
-        scorers, shown = {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, of_each(asked, "target", n)
         seen, pictures, labels, found = [ev.judged().query("group == 'target' and model != 'original'").assign(way="by name", words="")], [], [], {}
         reference = next((g for m, g in ev.galleries.items() if m.startswith("reference")), None)
         def tell(name, way, gallery, words, who):
@@ -215,7 +220,7 @@ class Assessment:
             if gallery is original: continue
             words = {e.target: self._words(name, gallery, e) for e in self.erasures}
             found[name] = {"words": " + ".join(words.values())}
-            pictures.append(gallery.pick(ev.asked, [ev.asked.index(asked[i]) for i in shown])), labels.append(f"{name}, by name")
+            pictures.append(by_name(gallery)), labels.append(f"{name}, by name")
             tell(name, ways[1], gallery, words, name)
             if reference and gallery is not reference: tell(name, ways[2], reference, words, "reference (never saw it)")
         self.attacked = pd.concat(seen, ignore_index=True)
@@ -256,15 +261,14 @@ class Assessment:
         "The unlearned models and the exact reference, trained on and asked for the target: `relearn` steps on pictures of it, under its name and under a word that means nothing yet, and five times as many on pictures of what is kept. The models stay as they are. Images, and a table as of `show_recall`. None where that is not asked for."
         import pandas as pd
         ev, steps, original, precision = self.evaluation, self.p["relearn"], self.evaluation.galleries["original"], self.settings["precision"]
-        asked = [q for q in ev.asked if q.group == "target"]
+        asked, scorers, shown, by_name = self._again(n)
         if not (steps and asked): return None
-        scorers, shown = {k: v for k, v in ev.scorers.items() if k in ("classifier", "clip")}, of_each(asked, "target", n)
         seen, pictures, labels = [ev.judged().query("group == 'target' and model != 'original'").assign(way="by name")], [], []
         taught = lessons(original.model, self.erasures, cache=original.cache, precision=precision)
         ways = {f"after {k} steps on {lesson}": (lesson, k) for lesson in taught for k in [5 * steps if lesson == "other pictures" else steps]}
         for name, gallery in ev.galleries.items():
             if gallery is original: continue
-            pictures.append(gallery.pick(ev.asked, [ev.asked.index(asked[i]) for i in shown])), labels.append(f"{name}, by name")
+            pictures.append(by_name(gallery)), labels.append(f"{name}, by name")
             for way, (lesson, many) in ways.items():
                 latents, prompts, words = taught[lesson]
                 told, progress = Gallery(gallery.model, gallery.cache, f"{gallery.key}, {way}, {precision}", **self.settings), Progress(f"training {name} on {lesson}", "step")

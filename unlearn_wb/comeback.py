@@ -209,7 +209,7 @@ WAYS = {  # name of its study -> way
     "recall": Way("a learnt\nword", recalled, {"steps": list(STEPS)}, recall_rate, recall_verdict)}
 
 TRAINED = {  # what is done to the weights, where the ways above only ask
-    "relearn": Way("weights\ntrained on", relearned, {"lessons": list(LESSONS), "others": OTHERS, "pace": PACE}, partial(recall_rate, group=TAUGHT), partial(recall_verdict, group=TAUGHT))}
+    "relearn": Way("ten steps\nof training", relearned, {"lessons": list(LESSONS), "others": OTHERS, "pace": PACE}, partial(recall_rate, group=TAUGHT), partial(recall_verdict, group=TAUGHT))}
 
 def ask_again(name: str,  # of a way
               path: str | Path,  # its study
@@ -223,11 +223,11 @@ def ask_again(name: str,  # of a way
     return state_of(path, concepts)
 
 def comebacks(*folders: str | Path,  # of the studies; that of the project where none is given
-              concepts: tuple = ("Van Gogh", "Snoopy")):
+              concepts: tuple = ("Van Gogh", "Snoopy"), ways: dict[str, Way] = WAYS):
     "A row for each variant, concept and way of asking that has runs: the share of images that show the concept (rate, lowest and highest seed), the runs, how many of them forgot the concept, and how many of those bring it back. A DataFrame."
     import pandas as pd
     rows = []
-    for name, way in WAYS.items():
+    for name, way in ways.items():
         table = _study(name, folders)
         for c in concepts:
             counts = brought_back(table, c, way.verdict)
@@ -240,29 +240,31 @@ def _study(name: str, folders: tuple): return read_study(*(Path(f) / f"{name}.cs
 
 def comeback_poster(concept: str, *folders: str | Path,
                     rows: dict[str, str] | None = None,  # variant -> what to call it; None for the methods
-                    across: int = 12):
+                    across: int = 12, ways: dict[str, Way] = WAYS | TRAINED):
     "A figure: one prompt by name and in each of the ways there are strips of (of runs with seed 0), a column a variant. None where there are no strips."
-    held = {way.title: strips for name, way in WAYS.items() if (strips := strips_there(concept, *(Path(f) / name for f in folders or (RESULTS,)), rows=rows))}
+    held = {way.title: strips for name, way in ways.items() if (strips := strips_there(concept, *(Path(f) / name for f in folders or (RESULTS,)), rows=rows))}
     if not held: return None
     *_, last = held.values()
     pick = lambda strips, title, k: strips[title][len(strips[title]) // 2 * k] if title in strips else torch.ones_like(next(iter(strips.values()))[0])
     return method_columns({title: torch.stack([pick(last, title, 0), *(pick(strips, title, 1) for strips in held.values())]) for title in last}, [*range(1 + len(held))], ["by name", *held], across)
 
 def comeback_map(*folders: str | Path, concepts: tuple = ("Van Gogh", "Snoopy"),
-                 rows: dict[str, str] | None = None):  # variant -> what to call it, in this order; None for all there are, the one that gives back least first
-    "A figure: a row a variant, and the model that never saw the concept last; a column a way of asking. None where there are no studies."
+                 rows: dict[str, str] | None = None,  # variant -> what to call it, in this order; None for all there are, the one that gives back least first
+                 ways: dict[str, Way] = WAYS | TRAINED):
+    "A figure: a row a variant, and the model that never saw the concept last; a column a way of asking, behind a line what training the weights on brings. None where there are no studies."
     import matplotlib.pyplot as plt
-    table, named = comebacks(*folders, concepts=concepts), _study("attack", folders)
+    table, named = comebacks(*folders, concepts=concepts, ways=ways), _study("attack", folders)
     if not len(table): return None
-    if rows is None: rows = {v: titles().get(v, v) for v in table.groupby("variant").rate.mean().sort_values(kind="stable").index if v != REFERENCE}
+    ways = {name: way for name, way in ways.items() if (table.way == name).any()}
+    if rows is None: rows = {v: titles().get(v, v) for v in table[table.way.isin(WAYS)].groupby("variant").rate.mean().sort_values(kind="stable").index if v != REFERENCE}
     order = [*rows, REFERENCE]
-    fig, axes = plt.subplots(1, len(concepts), figsize=(1.6 + 3 * len(concepts), .42 * len(order) + 1), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(concepts), figsize=(1.6 + .75 * (1 + len(ways)) * len(concepts), .42 * len(order) + 1), sharey=True, layout="constrained")
     for ax, c in zip(np.atleast_1d(axes), concepts):
-        shares = np.full((len(order), 1 + len(WAYS)), np.nan)
+        shares = np.full((len(order), 1 + len(ways)), np.nan)
         for i, v in enumerate(order):
             by_name = named[(named.variant == v) & (named.concept == c) & (named.group == "by name")]
             if len(by_name): shares[i, 0] = by_name.hits.sum() / by_name.n.sum()
-            for j, way in enumerate(WAYS, 1):
+            for j, way in enumerate(ways, 1):
                 for r in table[(table.variant == v) & (table.concept == c) & (table.way == way)].itertuples():
                     shares[i, j] = r.rate
                     if r.highest > r.lowest: ax.text(j, i + .25, f"{100 * r.lowest:.0f}–{100 * r.highest:.0f}", ha="center", va="center", fontsize=6, c="w" if r.rate > .6 else ".35")
@@ -271,7 +273,9 @@ def comeback_map(*folders: str | Path, concepts: tuple = ("Van Gogh", "Snoopy"),
                 if share == share: ax.text(j, i - .1, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, c="w" if share > .6 else "k")
         ax.imshow(shares, cmap="Reds", vmin=0, vmax=1, aspect="auto")
         ax.axhline(len(order) - 1.5, c="k", lw=1)
-        ax.set(title=c, xticks=range(1 + len(WAYS)), yticks=range(len(order)))
-        ax.set_xticklabels(["by name", *(way.title for way in WAYS.values())], fontsize=8); ax.set_yticklabels([*rows.values(), "never saw it"], fontsize=8)
+        for j, way in enumerate(ways, 1):
+            if way in TRAINED: ax.axvline(j - .5, c="k", lw=1)
+        ax.set(title=c, xticks=range(1 + len(ways)), yticks=range(len(order)))
+        ax.set_xticklabels(["by name", *(way.title for way in ways.values())], fontsize=8); ax.set_yticklabels([*rows.values(), "never saw it"], fontsize=8)
         ax.tick_params(length=0, top=False); ax.spines[:].set_visible(False)
     return fig
