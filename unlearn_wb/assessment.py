@@ -265,13 +265,13 @@ class Assessment:
         if not (steps and asked): return None
         seen, pictures, labels = [ev.judged().query("group == 'target' and model != 'original'").assign(way="by name")], [], []
         taught = lessons(original.model, self.erasures, cache=original.cache, precision=precision)
-        ways = {f"after {k} steps on {lesson}": (lesson, k) for lesson in taught for k in [5 * steps if lesson == "other pictures" else steps]}
+        ways = {f"after {steps} steps under {k}" if k != "other pictures" else f"after {5 * steps} steps on {k}": k for k in taught}
         for name, gallery in ev.galleries.items():
             if gallery is original: continue
             pictures.append(by_name(gallery)), labels.append(f"{name}, by name")
-            for way, (lesson, many) in ways.items():
-                latents, prompts, words = taught[lesson]
-                told, progress = Gallery(gallery.model, gallery.cache, f"{gallery.key}, {way}, {precision}", **self.settings), Progress(f"training {name} on {lesson}", "step")
+            for way, lesson in ways.items():
+                (latents, prompts, words), many = taught[lesson], 5 * steps if lesson == "other pictures" else steps
+                told, progress = Gallery(gallery.model, gallery.cache, f"{gallery.key}, {way}", **self.settings), Progress(f"training {name}, {lesson}", "step")
                 with restored(gallery.model), spoken(gallery.model, words):
                     if not all(gallery.cache.has(told.where(part)) for part in told.parts(asked)):
                         for step, _ in tune(gallery.model, latents, prompts, many, precision=precision): progress(step, many)

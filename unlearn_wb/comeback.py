@@ -106,15 +106,17 @@ def relearned(variant: str, concept: str, seed: int = 0,
               cache: str | Path = "runs/cache", device: str = "", precision: str = "",
               strips: str | Path = ""  # a folder for a strip with seed 0: three images by name, the same under the new word when it counts; "" keeps none
              ):
-    "Train one variant, then train all its weights on: on pictures of the concept under its name, on the same pictures under a word that means nothing yet, and on pictures of what is kept, from the same weights each time. A row for the name, for each of `steps` of either, and for the name after the others. None where there is no exact reference."
+    "Train one variant, then train all its weights on: on pictures of the concept under its name, on the same pictures under a word that means nothing yet, and on pictures of what is kept, from the same weights each time. A row for the name, for each of `steps` of either, and for the name after the others. Beside the exact reference rows for what the original shows under the new word. None where there is no exact reference."
     r = Retrial(variant, concept, seed, n, cache, device, precision)
     if not r: return None
     r.ask("by name")
     for lesson, (latents, prompts, words) in lessons(r.original, r.erasures, seed, r.cache, r.precision).items():
         when = (others,) if lesson == "other pictures" else steps
-        with restored(r.model), spoken(r.model, words):
-            for k, _ in tune(r.model, latents, prompts, max(when), seed=seed, precision=r.precision):
-                if k in when: r.ask(f"{lesson}, {k}")
+        for who, model in {"": r.model, "original, ": r.original}.items():
+            if who and not (words and variant == REFERENCE): continue
+            with restored(model), spoken(model, words):
+                for k, _ in tune(model, latents, prompts, max(when), seed=seed, precision=r.precision):
+                    if k in when: r.ask(f"{who}{lesson}, {k}", model)
     return r.table(strips, TAUGHT)
 
 def rung(variant: str, concept: str, seed: int = 0,
@@ -244,9 +246,9 @@ def comeback_poster(concept: str, *folders: str | Path,
     "A figure: one prompt by name and in each of the ways there are strips of (of runs with seed 0), a column a variant. None where there are no strips."
     held = {way.title: strips for name, way in ways.items() if (strips := strips_there(concept, *(Path(f) / name for f in folders or (RESULTS,)), rows=rows))}
     if not held: return None
-    *_, last = held.values()
-    pick = lambda strips, title, k: strips[title][len(strips[title]) // 2 * k] if title in strips else torch.ones_like(next(iter(strips.values()))[0])
-    return method_columns({title: torch.stack([pick(last, title, 0), *(pick(strips, title, 1) for strips in held.values())]) for title in last}, [*range(1 + len(held))], ["by name", *held], across)
+    named = {title: images for strips in held.values() for title, images in strips.items()}
+    pick = lambda strips, title, k: strips[title][len(strips[title]) // 2 * k] if title in strips else torch.ones_like(named[title][0])
+    return method_columns({title: torch.stack([pick(named, title, 0), *(pick(strips, title, 1) for strips in held.values())]) for title in titles(rows).values() if title in named}, [*range(1 + len(held))], ["by name", *held], across)
 
 def comeback_map(*folders: str | Path, concepts: tuple = ("Van Gogh", "Snoopy"),
                  rows: dict[str, str] | None = None,  # variant -> what to call it, in this order; None for all there are, the one that gives back least first
