@@ -397,8 +397,8 @@ def test_models_are_trained_on_asked_and_put_back(run, tmp_path, monkeypatch):
     a.measure()
     mine, original = a.evaluation.galleries["short"], a.evaluation.galleries["original"]
     before, table = mine.model.fingerprint(), a.show_relearn().data
-    ways = ["by name", "after 2 steps under its name", "after 2 steps under a new word", "after 10 steps on other pictures"]
-    assert list(table.model) == ["short", "reference (never saw it)"] and list(table.columns) == ["model", *ways] and steps == [2, 2, 10] * 2
+    ways = ["by name", "after 2 steps under its name", "after 2 steps under a new word", "after 20 steps on other pictures"]
+    assert list(table.model) == ["short", "reference (never saw it)"] and list(table.columns) == ["model", *ways] and steps == [2, 2, 20] * 2
     assert mine.model.fingerprint() == before and (tmp_path / "out/images/relearn.png").exists()
     rows, asked = pd.read_csv(tmp_path / "out/relearn.csv"), [q for q in a.evaluation.asked if q.group == "target"]
     assert rows.groupby(["model", "way"]).size().to_dict() == {(m, w): len(asked) for m in table.model for w in ways}

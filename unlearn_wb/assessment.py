@@ -258,19 +258,19 @@ class Assessment:
         return self._by_way(self.rung, "way", ways, "unnamed")
 
     def show_relearn(self, n: int = 5):
-        "The unlearned models and the exact reference, trained on and asked for the target: `relearn` steps on pictures of it, under its name and under a word that means nothing yet, and five times as many on pictures of what is kept. The models stay as they are. Images, and a table as of `show_recall`. None where that is not asked for."
+        "The unlearned models and the exact reference, trained on and asked for the target: `relearn` steps on pictures of it, under its name and under a word that means nothing yet, and ten times as many on pictures of what is kept. The models stay as they are. Images, and a table as of `show_recall`. None where that is not asked for."
         import pandas as pd
         ev, steps, original, precision = self.evaluation, self.p["relearn"], self.evaluation.galleries["original"], self.settings["precision"]
         asked, scorers, shown, by_name = self._again(n)
         if not (steps and asked): return None
         seen, pictures, labels = [ev.judged().query("group == 'target' and model != 'original'").assign(way="by name")], [], []
         taught = lessons(original.model, self.erasures, cache=original.cache, precision=precision)
-        ways = {f"after {steps} steps under {k}" if k != "other pictures" else f"after {5 * steps} steps on {k}": k for k in taught}
+        ways = {f"after {steps} steps under {k}" if k != "other pictures" else f"after {10 * steps} steps on {k}": k for k in taught}
         for name, gallery in ev.galleries.items():
             if gallery is original: continue
             pictures.append(by_name(gallery)), labels.append(f"{name}, by name")
             for way, lesson in ways.items():
-                (latents, prompts, words), many = taught[lesson], 5 * steps if lesson == "other pictures" else steps
+                (latents, prompts, words), many = taught[lesson], 10 * steps if lesson == "other pictures" else steps
                 told, progress = Gallery(gallery.model, gallery.cache, f"{gallery.key}, {way}", **self.settings), Progress(f"training {name}, {lesson}", "step")
                 with restored(gallery.model), spoken(gallery.model, words):
                     if not all(gallery.cache.has(told.where(part)) for part in told.parts(asked)):

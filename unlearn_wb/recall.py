@@ -61,7 +61,7 @@ def drawn(model: Denoiser,
     "Pictures at random, noised: which ones (B,), timesteps t (B,), the noise eps in them and x_t (B,C,h,w)."
     i, t = torch.randint(len(latents), (batch,), generator=g), torch.randint(1, len(model.abar), (batch,), generator=g).to(model.device)
     eps = torch.randn(batch, *model.latent_shape, generator=g).to(model.device)
-    return i, t, eps, add_noise(latents[i], eps, model.abar[t])
+    return i, t, eps, add_noise(latents[i].to(model.device), eps, model.abar[t])
 
 def learn_word(model: Denoiser, concept: str,
                latents: torch.Tensor,  # pictures of the concept (n,C,h,w)
