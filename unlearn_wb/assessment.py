@@ -265,16 +265,17 @@ class Assessment:
         if not (steps and asked): return None
         seen, pictures, labels = [ev.judged().query("group == 'target' and model != 'original'").assign(way="by name")], [], []
         taught = lessons(original.model, self.erasures, cache=original.cache, precision=precision)
-        ways = {f"after {steps} steps under {k}" if k != "other pictures" else f"after {10 * steps} steps on {k}": k for k in taught}
+        many = {k: 10 * steps if k == "other pictures" else steps for k in taught}
+        ways = {f"after {many[k]} steps {'on' if k == 'other pictures' else 'under'} {k}": k for k in taught}
         for name, gallery in ev.galleries.items():
             if gallery is original: continue
             pictures.append(by_name(gallery)), labels.append(f"{name}, by name")
             for way, lesson in ways.items():
-                (latents, prompts, words), many = taught[lesson], 10 * steps if lesson == "other pictures" else steps
+                latents, prompts, words = taught[lesson]
                 told, progress = Gallery(gallery.model, gallery.cache, f"{gallery.key}, {way}", **self.settings), Progress(f"training {name}, {lesson}", "step")
                 with restored(gallery.model), spoken(gallery.model, words):
                     if not all(gallery.cache.has(told.where(part)) for part in told.parts(asked)):
-                        for step, _ in tune(gallery.model, latents, prompts, many, precision=precision): progress(step, many)
+                        for step, _ in tune(gallery.model, latents, prompts, many[lesson], precision=precision): progress(step, many[lesson])
                     seen.append(judged(asked, told.scores(asked, scorers, original, Progress(f"asking {way}, {name}")), scorers, name).assign(way=way))
                     pictures.append(told.pick(asked, shown)), labels.append(f"{name}, {way}")
         self.relearnt = pd.concat(seen, ignore_index=True)

@@ -28,7 +28,7 @@ def restored(model: Denoiser):
 def tune(model: Denoiser,
          latents: torch.Tensor,  # pictures (n,C,h,w)
          prompts: list[str],  # their captions
-         steps: int = 20, batch: int = 8,
+         steps: int = 10, batch: int = 8,
          lr: float = 0.,  # AdamW's; 0 for `PACE`, of which other models than the sandbox take a tenth
          seed: int = 0, precision: str = "fp32") -> Iterator[tuple[int, float]]:
     "Train all weights of the denoiser on pictures: yields (step, loss) after each step. Captions are read once, before the first."
