@@ -30,6 +30,7 @@ def test_a_run_at_an_address_is_entered_from_another_machine(tmp_path):
     two.examine()
     assert len(trace) == 6 and two.finish()["verdict"]
     assert (there / "model/changed.safetensors").exists() and (there / "report.html").exists()
+    for at in (there, two.run.folder): assert [f.parent.name for f in at.rglob("manifest.json")] == ["step-000006"], "a finished run keeps one checkpoint"
 
     whole = Experiment(parameters(run_dir=str(tmp_path / "whole"), **QUICK), "doco")
     whole.train()

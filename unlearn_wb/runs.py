@@ -134,9 +134,13 @@ class Run:
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         _sync(final.parent)
-        for old in sorted(final.parent.glob("step-*"))[:-keep]: shutil.rmtree(old)
+        self.keep_checkpoints(keep)
         self.write_trace(rows)
         self.send()
+
+    def keep_checkpoints(self, newest: int = 1):
+        "Remove all but the newest; a result that is written needs no second one to fall back on."
+        for old in sorted((self.folder / "checkpoints").glob("step-*"))[:-newest]: shutil.rmtree(old)
 
     def load_checkpoint(self, report=print) -> tuple[dict, list[dict]] | None:
         "State and trace of the newest undamaged checkpoint; a damaged one is reported and the one before it used."

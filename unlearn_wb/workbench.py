@@ -275,6 +275,7 @@ class Experiment:
         if self.p.get("lora"): extract_lora(Denoiser.load(self.p["base_model"]).unet.state_dict(), self.method.moved.weights(), self.p["lora"]).save(self.run.folder / "model", self.model.part)
         own = self.model.folder / "vocabulary.json" if self.model.folder else None
         if own and own.exists(): (self.run.folder / "model" / "vocabulary.json").write_text(own.read_text())
+        for k in range(len(self.stages)): self._at(k).keep_checkpoints()
         write_json(self.run.folder / "report.json", out)
         (self.run.folder / "report.html").write_text(self._page(out))
         self.run.send(insist=True)
