@@ -82,4 +82,4 @@ def test_library_imports_neither_nbdev_nor_fastcore():
 def test_a_library_without_its_project_says_where_the_sandbox_is(tmp_path, monkeypatch):
     monkeypatch.setattr("unlearn_wb.diffusion.DATA", tmp_path / "data")
     from unlearn_wb.diffusion import BadModel
-    with pytest.raises(BadModel, match="the sandbox is not at .*; install that one, with pip install -e"): Denoiser.load()
+    with pytest.raises(BadModel, match="the sandbox is not at .*; install the project, with pip install"): Denoiser.load()

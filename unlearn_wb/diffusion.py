@@ -86,7 +86,8 @@ def resolve_device(device: str = "",  # "" for a GPU where there is one
         if torch.cuda.get_device_capability(device) < least: raise BadModel(f"precision = {precision}, and {torch.cuda.get_device_name(device)} does not compute in it; take {'fp16 or ' if precision == 'bf16' else ''}fp32")
     return device
 
-DATA = Path(unlearn_wb.__path__[0]).resolve().parent / "data"
+_home = Path(unlearn_wb.__path__[0]).resolve()
+DATA = (_home if (_home / "data").exists() else _home.parent) / "data"  # inside the library in a wheel, beside it in a clone; the notebooks lie next to it
 _PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PIPELINES = {"StableDiffusionPipeline": _PARTS, "StableDiffusionXLPipeline": _PARTS | {"text_encoder_2": "model"},  # class -> its parts, and the stem of their weights
              "StableDiffusion3Pipeline": {"transformer": "diffusion_pytorch_model"} | {k: v for k, v in _PARTS.items() if k != "unet"} | {"text_encoder_2": "model"}}
@@ -98,7 +99,7 @@ def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
     if not str(name).strip(): raise BadModel("the base model is empty; give 'sandbox', a diffusers directory, or a hub id")
     if str(name) == "sandbox":
         name = DATA / "sandbox" / "base"
-        if not name.exists(): raise BadModel(f"the sandbox is not at {name}: it lies beside the library in the project's own folder; install that one, with pip install -e .")
+        if not name.exists(): raise BadModel(f"the sandbox is not at {name}: this library was copied without it; install the project, with pip install, from its folder or from a wheel of it")
     path = Path(name).expanduser()
     if not path.exists():
         hub_id = str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
