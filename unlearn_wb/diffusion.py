@@ -220,23 +220,37 @@ class Denoiser:
         return cls.of(pipe.to(device), str(name), Path(where) if Path(where).is_dir() else None)
 
     @property
-    def parts(self) -> list: return [p for p in (self.unet, self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3) if p is not None]
+    def parts(self) -> list:
+        "The networks: denoiser, VAE, text encoders."
+        return [p for p in (self.unet, self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3) if p is not None]
     @property
     def _first(self): return next(self.unet.parameters())  # diffusers' own `device` and `dtype` walk through all modules each time (2 ms of a U-Net's)
     @property
-    def device(self): return self._first.device
+    def device(self):
+        "Where the denoiser's weights are."
+        return self._first.device
     @property
-    def dtype(self): return self._dtype or self._first.dtype
+    def dtype(self):
+        "Of the denoiser's weights, while they are `halved` too."
+        return self._dtype or self._first.dtype
     @property
-    def latent_shape(self): return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+    def latent_shape(self):
+        "(channels, height, width) of a latent."
+        return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
     @property
-    def image_size(self): return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def image_size(self):
+        "Height and width of an image, in pixels."
+        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
     @property
-    def at_once(self): return max(1, 2 ** 14 // self.latent_shape[1] ** 2)  # images that may go through together while a graph is kept, or through the VAE: 4 of Stable Diffusion 1.x; four times as many without
+    def at_once(self):
+        "Images that may go through together while a graph is kept, or through the VAE: 4 of Stable Diffusion 1.x; four times as many without."
+        return max(1, 2 ** 14 // self.latent_shape[1] ** 2)
     @property
     def _shift(self): return getattr(self.vae.config, "shift_factor", None) or 0.
     @property
-    def max_tokens(self): return self.tokenizer.model_max_length
+    def max_tokens(self):
+        "Tokens of a prompt that the text encoder reads, begin and end included."
+        return self.tokenizer.model_max_length
 
     @contextmanager
     def parked(self):
