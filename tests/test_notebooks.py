@@ -51,6 +51,14 @@ def test_train_doco_documents_exactly_what_the_library_reads():
     assert list(inspect_notebook(str(ROOT / "nbs/train_doco.ipynb"))) and set(inspect_notebook(str(ROOT / "nbs/train_doco.ipynb"))) == set(PARAMETERS)
 
 
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_this_library_is_imported_before_torch(name):
+    "So that its threads wait as `lib/00_threads` says."
+    lines = [l for c in json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"] if c["cell_type"] == "code" for l in "".join(c["source"]).split("\n") if l.startswith(("import ", "from "))]
+    first = {p: next((i for i, l in enumerate(lines) if p in l), len(lines)) for p in ("unlearn_wb", "torch", "diffusers", "transformers", "accelerate")}
+    assert min(first, key=first.get) == "unlearn_wb", lines
+
+
 def test_training_notebooks_share_one_path():
     "The same calls in the same order: what differs is which method, and words."
     def calls(name):
