@@ -25,8 +25,8 @@ from .study import REFERENCE, fill, method_columns, read_study, save_strip, sett
 
 # %% auto #0
 __all__ = ['STEPS', 'LESSONS', 'OTHERS', 'TAUGHT', 'RESULTS', 'WAYS', 'TRAINED', 'Retrial', 'recalled', 'attacked', 'relearned',
-           'rung', 'recall_rate', 'recall_verdict', 'attack_rate', 'attack_verdict', 'each_seed', 'brought_back',
-           'of_forgotten', 'told', 'Way', 'ask_again', 'comebacks', 'comeback_poster', 'comeback_map']
+           'rung', 'recall_rate', 'recall_verdict', 'more_often', 'attack_rate', 'attack_verdict', 'each_seed',
+           'brought_back', 'of_forgotten', 'told', 'Way', 'ask_again', 'comebacks', 'comeback_poster', 'comeback_map']
 
 # %% ../nbs/lib/15_comeback.ipynb #c004
 class Retrial:
@@ -151,9 +151,9 @@ def recall_verdict(table,  # of a study of `recalled` or `rung`
     mine, exact = (table[(table.variant == v) & (table.concept == concept)].groupby("group", sort=False)[["hits", "n"]].sum() for v in (variant, REFERENCE))
     if not len(mine) or not len(exact): return "—"
     if mine.hits.iloc[0] > most * mine.n.iloc[0]: return "not forgotten"
-    return "brought back" if _more(*(part.loc[group] if group else part.iloc[-1] for part in (mine, exact))) else "not brought back"
+    return "brought back" if more_often(*(part.loc[group] if group else part.iloc[-1] for part in (mine, exact))) else "not brought back"
 
-def _more(a, b) -> bool:
+def more_often(a, b) -> bool:
     "Whether hits of n are more in a than in b: Newcombe's 95 % interval of the difference is above zero."
     (p, low, _), (q, _, high) = ((k / n, *wilson(k, n)) for k, n in (map(int, x) for x in (a, b)))
     return p - q > math.hypot(p - low, high - q)
@@ -169,7 +169,7 @@ def attack_verdict(table,  # of a study of `attacked`
     mine, exact = (table[(table.variant == v) & (table.concept == concept)].groupby("group", sort=False)[["hits", "n"]].sum() for v in (variant, REFERENCE))
     if variant == REFERENCE or not len(mine) or not len(exact): return "—"
     if mine.hits["by name"] > most * mine.n["by name"]: return "not forgotten"
-    return "brought back" if all(_more(mine.loc["with words"], control) for control in (mine.loc["never saw it"], exact.loc["with words"])) else "not brought back"
+    return "brought back" if all(more_often(mine.loc["with words"], control) for control in (mine.loc["never saw it"], exact.loc["with words"])) else "not brought back"
 
 def each_seed(table, variant: str, concept: str, verdict: Callable) -> dict[int, str]:
     "What `verdict` (`attack_verdict`, `recall_verdict`) says of each of a variant's runs alone, beside the exact reference with all its seeds: seed -> verdict."
