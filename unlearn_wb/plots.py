@@ -64,7 +64,7 @@ def plot_similarity(e, ax=None, top: int = 9):
     colour = {"anchor": COLOURS["d"], "retained": COLOURS["r"], "": "#cccccc"}
     ax.barh([f"{n}  ({kind(n)})" if kind(n) else n for n in names][::-1], [e.similar[n] for n in names][::-1], color=[colour[kind(n)] for n in names][::-1])
     ax.axvline(0, c=".6", lw=1)
-    ax.set(title=f"similarity to '{e.target}' in the text encoder", xlabel="centred cosine")
+    ax.set(title=f"similarity to '{e.target}'", xlabel="centred cosine in the text encoder")
     return ax.figure
 
 # %% ../nbs/lib/11_plots.ipynb #c009
