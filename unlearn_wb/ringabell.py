@@ -38,9 +38,10 @@ def ring(model: Denoiser, erasure: Erasure,
         ) -> list[tuple[str, float]]:
     "For each prompt a text without the concept's tokens that the text encoder reads as the prompt and the concept, with its loss (Tsai et al. 2024). No denoiser is asked."
     own, words = set(model.tokenizer(erasure.target, add_special_tokens=False).input_ids), [w for w in erasure.target.lower().split() if len(w) > 2]
-    named = {k for k in range(len(model.tokenizer)) if k in own or any(w in model.tokenizer.decode([k]).lower() for w in words)}  # "vangogh" names him too
+    spelled = [model.tokenizer.decode([k]).strip() for k in range(len(model.tokenizer))]
+    named = {k for k, text in enumerate(spelled) if k in own or any(w in text.lower() for w in words)}  # "vangogh" names him too
     tokens = torch.tensor([k for k in readable(model).tolist() if k not in named])
-    said = lambda ids: " ".join(model.tokenizer.decode([k]).strip() for k in ids)
+    said = lambda ids: " ".join(spelled[k] for k in ids)
     found = []
     for prompt in prompts:
         g = seeded(seed, "ring", prompt)
