@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-told = $$($(BIN)/python -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | sed 's/\\n/ /g' | head -1)
+told = $$($(BIN)/python -m pip config list | sed -n "s/\\\\n/ /g; s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -1)
 UV = UV_DEFAULT_INDEX="$(call told,index-url)" UV_INDEX="$(call told,extra-index-url)" UV_FIND_LINKS="$$(echo $(call told,find-links) | tr ' ' ,)" UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --index-strategy unsafe-best-match --python $(BIN)/python
 READY := .venv/.ready
 DEMO := runs/demo
@@ -17,7 +17,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; say make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	@echo 'installing into .venv, which takes a minute or some'
-	@{ $(PIP) -c constraints.txt uv && $(UV) -c constraints.txt -e '.[dev]'; } || { echo "uv (above) could not; pip takes longer"; $(PIP) -c constraints.txt -e '.[dev]'; } || { echo "pip could not either (above); if that is a version in constraints.txt that is not to be had any more, this helps: the newest ones that settings.ini allows, which nobody has tested together"; $(PIP) -e '.[dev]'; }  # uv, told what pip was told, does in a quarter of the time what pip does
+	@{ $(PIP) -c constraints.txt uv && $(UV) -c constraints.txt -e '.[dev]'; } || { echo "uv (above) could not; pip takes longer"; $(PIP) -c constraints.txt -e '.[dev]'; } || { echo "pip could not either (above); if that is a version in constraints.txt that is not to be had any more, this helps: the newest ones that settings.ini allows, which nobody has tested together"; $(PIP) -e '.[dev]'; }  # uv is told where pip was told that packages lie
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests/|transformers/models/(?!_|[abct]|dinov2_w|siglip/|vit_mae)|diffusers/pipelines/[^_ops]|/ray/(data|llm|rllib|serve|train|tune)/' .venv >/dev/null || true  # on all cores; without packages' tests and what we never load (a third of it all); some packages bring templates that are no Python
 	@touch $(READY)
 

@@ -1,9 +1,10 @@
-"""What `pip install` brings into an environment that has no clone of the project."""
+"""What `make` installs, and what `pip install` brings into an environment that has no clone of the project."""
 import os
 import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 USE = """
@@ -36,3 +37,29 @@ def test_a_wheel_made_from_the_source_archive_brings_sandbox_and_notebooks(tmp_p
     library = tmp_path / "there/unlearn_wb"
     assert not list(library.rglob(".left-behind")) and not [f for f in library.rglob("*") if f.suffix in (".pkl", ".bin", ".pt", ".lock")]
     assert {f.relative_to(library) for f in library.rglob("*.py")} == {f.relative_to(ROOT / "unlearn_wb") for f in (ROOT / "unlearn_wb").rglob("*.py")}
+
+
+STANDS_IN = """#!/bin/sh
+case "$0 $*" in
+  *"-m venv .venv") mkdir .venv ;;
+  *"pip config list") exec {python} -m pip config list ;;
+  *"pip install"*) echo "$(basename $0) $*|$UV_DEFAULT_INDEX|$UV_INDEX|$UV_FIND_LINKS" >> said; for word in $FAILS; do case "$(basename $0) $*" in *"$word"*) exit 1 ;; esac; done ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not here")
+@pytest.mark.parametrize("fails, tried", [("", "pu"), ("--index-strategy", "pup"), ("constraints.txt", "ppp"), ("install", "ppp")])
+def test_make_tells_uv_what_pip_was_told_and_takes_pip_where_uv_cannot(fails, tried, tmp_path):
+    for name in ("settings.ini", "setup.py", "constraints.txt"): (tmp_path / name).touch()
+    for name in ("python", "uv"):
+        (tmp_path / name).write_text(STANDS_IN.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://z/simple\nextra-index-url =\n  https://b/simple\n  https://c/simple\n")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_"))} | dict(FAILS=fails, PIP_CONFIG_FILE=str(tmp_path / "pip.conf"), PIP_INDEX_URL="https://a/simple", PIP_FIND_LINKS="/x /y")
+    run = subprocess.run(["make", "-s", "-f", str(ROOT / "Makefile"), f"PYTHON={tmp_path}/python", f"BIN={tmp_path}", ".venv/.ready"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    lines = [line.split("|") for line in (tmp_path / "said").read_text().splitlines()]
+    assert "".join(line[0][0] for line in lines) == tried and ("constraints.txt" in lines[-1][0]) == (tried != "ppp")
+    assert (run.returncode == 0) == (tmp_path / ".venv/.ready").exists() == (fails != "install")
+    if not fails: assert [part.split() for part in lines[-1][1:]] == [["https://a/simple"], ["https://b/simple", "https://c/simple"], ["/x,/y"]]
+    assert ("pip takes longer" in run.stdout) == bool(fails) and ("nobody has tested together" in run.stdout) == (tried == "ppp")
