@@ -38,7 +38,7 @@ def sentence(error: BaseException) -> str:
     "An error as it is told everywhere: its sentence, or its kind where it has none."
     return str(error) or type(error).__name__
 
-SHARE = .04  # of the training time that figures may cost, and as much again for pictures: together below a tenth
+SHARE = {"figure": .02, "pictures": .06, "both": .1}  # of the training time, that drawing may cost
 
 class Watch:
     "Reads a stream of steps: a progress bar everywhere; in a browser also live figures, pictures, and buttons to pause, step and stop."
@@ -49,7 +49,7 @@ class Watch:
                  show: bool = True):  # display now; False leaves `widget` to the caller
         self.rows, self.total, self.trainer, self.pictures, self.sliders = list(rows or []), total, trainer, pictures, sliders
         self.stopped = self.paused = self.single = False
-        self.trained, self.spent, self.last = 0., {"figure": 0., "pictures": 0.}, {"figure": .2, "pictures": 1.}  # seconds; the last two are guesses until the first drawing
+        self.trained, self.spent, self.last = 0., {"figure": 0., "pictures": 0.}, {"figure": .2, "pictures": 1.}  # seconds; the last two are guesses until a drawing is timed
         self.live = someone_watches() or not show
         self._make_live(show) if self.live else self._make_bar()
 
@@ -78,7 +78,7 @@ class Watch:
 
     def open(self):
         "The first pictures, before the clock runs."
-        if self.live and self.pictures: self._paint()
+        if self.live and self.pictures: self.last["pictures"] = self._timed(self._paint)
 
     def update(self, step: Step) -> bool:
         "Take in one step; False when the person asked to stop."
@@ -89,17 +89,19 @@ class Watch:
             self.bar.set_postfix({"phase": step.phase, "D acc": f"{v.get('d_acc', float('nan')):.2f}"}, refresh=False)
             self.bar.update()
             return True
-        if self._affordable("figure") or step.done: self._timed("figure", lambda: self._show(step))
-        if self.pictures and (self._affordable("pictures") or step.done): self._timed("pictures", self._paint)
+        for what, draw in (("figure", lambda: self._show(step)), *([("pictures", self._paint)] if self.pictures else [])):
+            if not (self._affordable(what) or step.done): continue
+            self.last[what] = self._timed(draw)
+            self.spent[what] += self.last[what]
         return not self.stopped
 
-    def _affordable(self, what) -> bool: return self.spent[what] + self.last[what] <= SHARE * self.trained
+    def _affordable(self, what) -> bool:
+        return self.spent[what] + self.last[what] <= SHARE[what] * self.trained and sum(self.spent.values()) + 2 * self.last[what] <= SHARE["both"] * self.trained
 
-    def _timed(self, what, draw):
+    def _timed(self, draw) -> float:
         began = time.perf_counter()
         draw()
-        self.last[what] = time.perf_counter() - began
-        self.spent[what] += self.last[what]
+        return time.perf_counter() - began
 
     @property
     def cost(self) -> float:
