@@ -49,7 +49,7 @@ class Watch:
                  show: bool = True):  # display now; False leaves `widget` to the caller
         self.rows, self.total, self.trainer, self.pictures, self.sliders = list(rows or []), total, trainer, pictures, sliders
         self.stopped = self.paused = self.single = False
-        self.trained, self.spent, self.last = 0., {"figure": 0., "pictures": 0.}, {"figure": .2, "pictures": 1.}  # seconds; the last two are guesses until a drawing is timed
+        self.trained, self.spent, self.last = 0., {"figure": 0., "pictures": 0.}, {"figure": .05, "pictures": 1.}  # seconds; the last two are guesses until a drawing is timed
         self.live = someone_watches() or not show
         self._make_live(show) if self.live else self._make_bar()
 

@@ -56,7 +56,7 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     picture = lambda: page.evaluate("() => [...document.querySelectorAll('img.widget-image')].map(i => i.src).join()")
     painted = picture()
     until(lambda: page.evaluate(angles) > max(before, 20), 60, "a longer histogram")
-    until(lambda: picture() != painted, 90, "another before/after grid")
+    until(lambda: picture() != painted, 180, "another before/after grid")
     shot(page, "2-training")
     plot, grid = page.locator(".js-plotly-plot:visible").first.bounding_box(), page.locator("img.widget-image:visible").last.bounding_box()
     page.screenshot(path=SHOTS / "readme.png", clip=dict(x=plot["x"], y=plot["y"] - 105, width=plot["width"], height=grid["y"] + grid["height"] - plot["y"] + 105))
