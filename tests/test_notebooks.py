@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 TRAINING = ["train_doco", "train_baseline", "train_advanchor", "train_rgd", "train_integrity"]
-RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "bench_gpu", "sweep", "explore", "reproduce_linked", "reproduce_sandbox", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "evaluate", "compare"]
+RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "bench_gpu", "sweep", "explore", "reproduce_linked", "reproduce_sandbox", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "reproduce_judges", "evaluate", "compare"]
 
 
 def tool(name): return str(shutil.which(name, path=str(ROOT / ".venv/bin")) or shutil.which(name))
@@ -122,3 +122,23 @@ def test_an_anchor_is_measured_before_it_is_used(tmp_path):
     one = lambda anchor: here["one"](f"conabl: anchor={anchor}, iterations=1, num_images=2, batch_size=2, prompts=2", "Van Gogh", 0)
     near, far = one("picasso"), one("dog")
     assert {"target", "retained"} <= set(near.group) and 0 < near.gap.iloc[0] < far.gap.iloc[0]
+
+
+def test_judges_vote_and_part(monkeypatch):
+    "The study of judges: a vote an image, for what that one was asked for; who parts from whom, in the order of the table."
+    import pandas as pd
+    from unlearn_wb.metrics import SandboxJudge
+    from unlearn_wb.sandbox import load_judge, render, world
+    monkeypatch.chdir(ROOT)
+    here = {}
+    for cell in (c for c in json.loads((ROOT / "nbs/reproduce_judges.ipynb").read_text())["cells"] if c["cell_type"] == "code"):
+        exec("".join(cell["source"]), here)
+        if "def read_votes" in "".join(cell["source"]): break
+    scenes = [s for s in world(400, 5) if s.style in ("van gogh", "picasso")][:12]
+    told = here["votes"](SandboxJudge(load_judge()), render(scenes), ["van gogh"] * 6 + [s.style for s in scenes[6:]])
+    assert told == "".join(str(int(s.style == "van gogh")) for s in scenes[:6]) + "1" * 6 and "0" in told[:6]
+    own, other = here["OWN"], here["OTHER"]
+    table = pd.DataFrame([("target", "110", "010", "010"), ("retained", "1", "0", "0"), ("again", "01", "10", "00")], columns=["group", own, "1", other])
+    assert here["parted"](table, "1", "0") == [(0, 0), (2, 1)] and here["parted"](table, "0", "1") == [] and here["parted"](table, "1", "0", 1 + 1) == [(0, 0), (2, 1)]
+    there = here["read_votes"]()
+    assert set(here["others"](there)) == {"1", "2", "3", other} and all((there[j].str.len() == there[own].str.len()).all() for j in here["others"](there))

@@ -559,7 +559,7 @@ class Pretraining:
 
     def train_gate(self):
         "The judge's first question, on a body that stays as it is: scenes, damaged or mixed, against rubble."
-        code, paint = self._unit_coder()
+        code, paint = self.unit_coder()
         def look(i, g):
             z = code(self.pixels(i[16:]))
             return torch.cat([damage(self.pixels(i[:16]), g), paint(torch.cat([mixed(z, g), rubble(z[:32], g)]))])
@@ -567,7 +567,7 @@ class Pretraining:
 
     def train_guest(self):
         "The judge's second question: scenes against the same places without their subject, both damaged or mixed. A subject overlooked costs four times as much as one imagined."
-        code, paint = self._unit_coder()
+        code, paint = self.unit_coder()
         def look(i, g):
             bare = render([replace(self.scenes[k], subject=NOTHING) for k in i.tolist()]).to(self.device)
             return torch.cat([torch.cat([damage(x[:12], g), paint(mixed(code(x[12:]), g))]) for x in (self.pixels(i), bare)])
@@ -586,7 +586,7 @@ class Pretraining:
         yield from self.train(name, loss, self.recipe.gate_steps, 2e-3, ema=.98)
 
     @torch.no_grad()
-    def _unit_coder(self):
+    def unit_coder(self):
         "Pixels to latents of unit variance, and back."
         code = lambda x: self.vae.encode(x * 2 - 1).latent_dist.mean.float().cpu()
         unit = code(self.pixels(torch.arange(min(256, len(self.scenes))))).std()
