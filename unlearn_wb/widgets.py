@@ -78,7 +78,7 @@ class Watch:
 
     def open(self):
         "The first pictures, before the clock runs."
-        if self.live and self.pictures: self.last["pictures"] = self._timed(self._paint)
+        if self.live and self.pictures: self.last["pictures"] = self._timed(self._paint) / 2  # the first drawing also loads what draws
 
     def update(self, step: Step) -> bool:
         "Take in one step; False when the person asked to stop."

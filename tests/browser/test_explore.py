@@ -10,7 +10,7 @@ from hands import SHOTS, lab, needs_browser, run_all, shot  # noqa: F401 (fixtur
 
 pytestmark = needs_browser
 
-QUICK = dict(options="iterations=400, warmup=10, num_images=8", eval_images=2)
+QUICK = dict(options="iterations=2000, warmup=10, num_images=8", eval_images=2)
 
 
 def field(name): return f".jupyter-widgets:has(> label:text-is('{name}')) input"
@@ -40,7 +40,7 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     page.wait_for_selector("button:has-text('Open report')", timeout=120_000)
     shot(page, "1-choose")
     assert page.locator(".widget-dropdown").count() >= 6, "menus for anchor, method and the words of the configuration"
-    assert page.locator(field("iterations")).input_value() == "400", "what the notebook's parameters ask for stands in the panel"
+    assert page.locator(field("iterations")).input_value() == "2000", "what the notebook's parameters ask for stands in the panel"
 
     # another method has another panel, and an error is said in its own sentence
     concept = page.locator(field("concept"))
@@ -91,7 +91,7 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     share = re.search(r"drawing cost (\d+)%", page.inner_text(".jp-Notebook"))
     assert share and int(share[1]) <= 10, "figures and pictures cost at most a tenth of the training time"
     trace = pd.read_parquet(next(lab.folder.glob("runs/*/trace.parquet")))
-    assert len(trace) < 400 and trace.event.dropna().str.startswith("lr = ").any(), "the turned learning rate is in the trace"
+    assert len(trace) < 2000 and trace.event.dropna().str.startswith("lr = ").any(), "the turned learning rate is in the trace"
 
     page.locator("button:has-text('Paint')").click()
     page.wait_for_selector(".uw input[type=range]", timeout=60_000)
