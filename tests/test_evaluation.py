@@ -105,6 +105,22 @@ def test_missing_models_say_what_they_need(model, monkeypatch):
     assert "facebook/dinov2-base" in scorers_for(model, features="/nowhere/dino")[1]["features"]
 
 
+def test_another_judge_in_the_judges_place(model, tmp_path):
+    "A folder with a judge is a classifier: named and filed apart from the sandbox's own, and no other file will do."
+    from safetensors.torch import save_file
+    from unlearn_wb.sandbox import Judge, load_judge, save_judge
+    torch.manual_seed(0)
+    save_judge(other := Judge().eval(), tmp_path / "judge-1")
+    there, missing = scorers_for(model, classifier=str(tmp_path / "judge-1"))
+    own = scorers_for(model)[0]["classifier"]
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert not missing and there["classifier"].name == f"judge {tmp_path / 'judge-1'}" and there["classifier"].version != own.version and own.name == "judge of the sandbox"
+    with torch.no_grad(): assert torch.equal(there["classifier"](images)[:, :7], other(images)[0].softmax(1))
+    assert torch.equal(there["features"](images), own.judge.features(images)), "distances stay those of the sandbox's judge"
+    save_file({"step": torch.tensor(3)}, tmp_path / "judge.safetensors")
+    with pytest.raises(ValueError, match="holds no judge of the sandbox; nbs/reproduce_judges.ipynb writes some"): load_judge(tmp_path)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_without_a_network_the_hub_is_not_asked(known, monkeypatch):
     import socket

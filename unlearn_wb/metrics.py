@@ -138,10 +138,9 @@ def _fingerprint(judge) -> str:
 
 class SandboxJudge:
     "The sandbox's ground-truth classifier: probabilities of style and subject, that there is a scene at all, and that it is not an empty place, (N, 7 + 12 + 2)."
-    name = "judge of the sandbox"
-    def __init__(self, judge):
+    def __init__(self, judge, name: str = "judge of the sandbox"):
         from unlearn_wb.sandbox import STYLES, SUBJECTS
-        self.judge, self.styles, self.subjects, self.version = judge, STYLES, SUBJECTS, _fingerprint(judge)
+        self.judge, self.name, self.styles, self.subjects, self.version = judge, name, STYLES, SUBJECTS, _fingerprint(judge)
     @torch.no_grad()
     def __call__(self, images, original=None): return _rows(images, lambda x: torch.cat([*(h.softmax(1) for h in self.judge(x)), self.judge.scene(x).sigmoid()[:, None], self.judge.inhabited(x).sigmoid()[:, None]], 1))
     def broken(self, rows: torch.Tensor) -> torch.Tensor:  # (N,) bool
@@ -418,10 +417,11 @@ def scorers_for(model: Denoiser,
                 classifier: str = "", features: str = "", distance: str = "", nudity: str = "none", faces: str = "none"
                ) -> tuple[dict, dict]:  # role -> scorer, role -> why it is missing
     "Load the scorers of each role; what cannot be loaded is named with what it would need."
+    from unlearn_wb.sandbox import load_judge
     judge = judge_for(model)
-    own = judge is not None
+    own, of_this_world = judge is not None, lambda n: n == "sandbox" or (Path(n) / "judge.safetensors").exists()
     wanted = {
-        "classifier": (classifier or ("sandbox" if own else "none"), lambda n: SandboxJudge(judge) if n == "sandbox" else Classifier(n)),
+        "classifier": (classifier or ("sandbox" if own else "none"), lambda n: SandboxJudge(judge) if n == "sandbox" else SandboxJudge(load_judge(n), f"judge {n}") if of_this_world(n) else Classifier(n)),
         "clip": (clip or ("sandbox" if own else "openai/clip-vit-base-patch32"), Clip.load),
         "features": (features or ("sandbox" if own else "inception"), lambda n: JudgeFeatures(judge) if n == "sandbox" else Inception(n.partition(":")[2]) if n.split(":")[0] == "inception" else VisionFeatures(n)),
         "distance": (distance or ("sandbox" if own else "lpips"), lambda n: PerceptualDistance(judge) if n == "sandbox" else Lpips(n.partition(":")[2])),
@@ -432,7 +432,7 @@ def scorers_for(model: Denoiser,
     for role, (name, make) in wanted.items():
         if name == "none": continue
         if role in known: choose(role, name.split(":")[0], dict.fromkeys((*known[role], "none")))
-        if name == "sandbox" and not own: missing[role] = f"the sandbox's own {role} sees its own world only; '{model.name}' is of another"; continue
+        if of_this_world(name) and not own: missing[role] = f"the sandbox's own {role} sees its own world only; '{model.name}' is of another"; continue
         try: there[role] = make(name)
         except Missing as e: missing[role] = str(e)
     return there, missing

@@ -18,8 +18,8 @@ from .scopes import choose
 __all__ = ['SIZE', 'CHARACTERS', 'SUBJECTS', 'ARTISTS', 'STYLES', 'LINKS', 'NOTHING', 'PLACES', 'TIMES', 'FACTS', 'MAX_TOKENS',
            'EXPLICIT', 'Scene', 'world', 'render', 'noun', 'caption', 'facts', 'Judge', 'damage', 'smooth', 'mixed',
            'rubble', 'make_tokenizer', 'make_clip', 'make_vae', 'make_unet', 'make_scheduler', 'Recipe', 'fit',
-           'Pretraining', 'vocabulary', 'save_parts', 'save_unet', 'load_judge', 'examine_judge', 'explicit_probes',
-           'linked_probes', 'examine_model', 'read_references', 'run_stage', 'card']
+           'Pretraining', 'vocabulary', 'save_parts', 'save_judge', 'save_unet', 'load_judge', 'examine_judge',
+           'explicit_probes', 'linked_probes', 'examine_model', 'read_references', 'run_stage', 'card']
 
 # %% ../nbs/lib/02_sandbox.ipynb #c005
 SIZE = 64  # pixels a side
@@ -660,8 +660,14 @@ def save_parts(p: Pretraining, folder: str | Path):
     save_unet(p, folder / "base" / "unet")
     (folder / "base" / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")
     p.clip.save_pretrained(folder / "clip", safe_serialization=True)
-    (folder / "judge").mkdir(exist_ok=True)
-    save_file({k: v.cpu().contiguous() for k, v in p.judge.state_dict().items()}, folder / "judge" / "judge.safetensors")
+    save_judge(p.judge, folder / "judge")
+
+def save_judge(judge: Judge, folder: str | Path):
+    "Write a judge, for `load_judge`."
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.cpu().contiguous() for k, v in judge.state_dict().items()}, folder / "judge.safetensors")
 
 def save_unet(p: Pretraining, folder: str | Path):
     "Write the UNet in half precision, the configuration saying float32."
@@ -672,10 +678,11 @@ def save_unet(p: Pretraining, folder: str | Path):
     save_file({k: v.half().cpu().contiguous() for k, v in p.unet.state_dict().items()}, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 def load_judge(folder: str | Path = DATA / "sandbox" / "judge") -> Judge:
-    "The ground-truth judge."
+    "The ground-truth judge, or another one. Raises `ValueError` where the folder's file holds something else."
     from safetensors.torch import load_file
-    judge = Judge().eval().requires_grad_(False)
-    judge.load_state_dict(load_file(Path(folder) / "judge.safetensors"))
+    judge, saved = Judge().eval().requires_grad_(False), load_file(Path(folder) / "judge.safetensors")
+    if saved.keys() != judge.state_dict().keys(): raise ValueError(f"'{Path(folder) / 'judge.safetensors'}' holds no judge of the sandbox; nbs/reproduce_judges.ipynb writes some")
+    judge.load_state_dict(saved)
     return judge
 
 # %% ../nbs/lib/02_sandbox.ipynb #c035
