@@ -139,6 +139,7 @@ def test_judges_vote_and_part(monkeypatch):
     assert told == "".join(str(int(s.style == "van gogh")) for s in scenes[:6]) + "1" * 6 and "0" in told[:6]
     own, other = here["OWN"], here["OTHER"]
     table = pd.DataFrame([("target", "110", "010", "010"), ("retained", "1", "0", "0"), ("again", "01", "10", "00")], columns=["group", own, "1", other])
-    assert here["parted"](table, "1", "0") == [(0, 0), (2, 1)] and here["parted"](table, "0", "1") == [] and here["parted"](table, "1", "0", 1 + 1) == [(0, 0), (2, 1)]
+    assert here["parted"](table, "1", "0") == [(0, 0), (2, 1)] and here["parted"](table, "0", "1") == []
+    assert here["spread"]([*range(11)], 3) == [0, 5, 10] and here["spread"]([1, 2], 3) == [1, 2]
     there = here["read_votes"]()
     assert set(here["others"](there)) == {"1", "2", "3", other} and all((there[j].str.len() == there[own].str.len()).all() for j in here["others"](there))
