@@ -31,10 +31,10 @@ __all__ = ['STEPS', 'LESSONS', 'OTHERS', 'TAUGHT', 'RESULTS', 'WAYS', 'TRAINED',
 # %% ../nbs/lib/15_comeback.ipynb #c004
 class Retrial:
     "A variant's model after its run, asked for its concepts in several ways: a row each. False where there is no exact reference to train or to load."
-    def __init__(self, variant: str, concept: str, seed: int, n: int, cache: str | Path, device: str, precision: str):
+    def __init__(self, variant: str, concept: str, seed: int, n: int, cache: str | Path, device: str, precision: str, base_model: str = "sandbox"):
         self.variant, self.concept, self.seed, self.device = variant, concept, seed, resolve_device(device, precision)
-        self.precision, self.cache, self.original = precision or default_precision(self.device), Cache(cache), Denoiser.load(device=self.device)
-        self.run, self.rows, self.shown = trained(variant, concept, seed, self.cache, self.device, self.precision), [], []
+        self.precision, self.cache, self.original = precision or default_precision(self.device), Cache(cache), Denoiser.load(base_model, device=self.device)
+        self.run, self.rows, self.shown = trained(variant, concept, seed, cache, self.device, self.precision, base_model), [], []
         if not self.run: return
         (self.model, self.erasures, self.took), self.judge = self.run, SandboxJudge(judge_for(self.original))
         self.asked = [replace(q, seed=q.seed + 10_000 * seed) for q in ask(self.erasures, n) if q.group == "target"]
@@ -64,10 +64,10 @@ def recalled(variant: str, concept: str, seed: int = 0,
              n: int = 20,  # images of each target
              steps: tuple = STEPS,  # of learning the word, at which to ask
              cache: str | Path = "runs/cache", device: str = "", precision: str = "",
-             strips: str | Path = ""  # a folder for a strip with seed 0: three images by name, the same by the last word; "" keeps none
-            ):
+             strips: str | Path = "",  # a folder for a strip with seed 0: three images by name, the same by the last word; "" keeps none
+             base_model: str = "sandbox"):
     "Train one variant, then learn a word that calls the concept back: a row for the name and one for each of `steps`, with hits, n, broken images and CPU seconds of training. None where there is no exact reference."
-    r = Retrial(variant, concept, seed, n, cache, device, precision)
+    r = Retrial(variant, concept, seed, n, cache, device, precision, base_model)
     if not r: return None
     r.ask("by name")
     learning = [learn_word(r.model, e.target, *pictures_of(r.original, e, seed=seed, cache=r.cache, precision=r.precision), max(steps), seed=seed, precision=r.precision) for e in r.erasures]
@@ -80,10 +80,11 @@ def attacked(variant: str, concept: str, seed: int = 0,
              n: int = 40,  # images of each target
              cache: str | Path = "runs/cache", device: str = "", precision: str = "",
              strips: str | Path = "",  # a folder for a strip with seed 0: three images by name, the same with the words; "" keeps none
+             base_model: str = "sandbox",
              **search  # words, pictures, beam, ...: of `attack`
             ):
     "Train one variant, then find words that bring the concept back when they stand before a prompt: a row for the name, one for the words, and one for the same words asked of the exact reference. None where there is none."
-    r = Retrial(variant, concept, seed, n, cache, device, precision)
+    r = Retrial(variant, concept, seed, n, cache, device, precision, base_model)
     where = r and reference_for(r.original, [e.target for e in r.erasures])
     if not where: return None
     r.ask("by name")
@@ -91,12 +92,12 @@ def attacked(variant: str, concept: str, seed: int = 0,
     found = {e.target: attack(r.model, r.original, e, sees(e), seed=seed, precision=r.precision, cache=r.cache, **search)[0].words for e in r.erasures}
     said = " + ".join(found.values())
     r.ask("with words", before=found, words=said)
-    if variant != REFERENCE: r.ask("never saw it", Denoiser.load(unet=where, device=r.device), found, words=said)
+    if variant != REFERENCE: r.ask("never saw it", Denoiser.load(base_model, unet=where, device=r.device), found, words=said)
     return r.table(strips, 1)
 
 @once
-def _unnamed(target: str, n: int, seed: int, device: str, **search) -> list[tuple[str, str]]:
-    model = Denoiser.load(device=device)
+def _unnamed(target: str, n: int, seed: int, device: str, base_model: str, **search) -> list[tuple[str, str]]:
+    model = Denoiser.load(base_model, device=device)
     return unnamed(model, Erasure.find(model, target), n, seed, **search)
 
 def relearned(variant: str, concept: str, seed: int = 0,
@@ -104,10 +105,10 @@ def relearned(variant: str, concept: str, seed: int = 0,
               steps: tuple = LESSONS,  # of training, after which to ask
               others: int = OTHERS,  # steps of training on pictures of what is kept
               cache: str | Path = "runs/cache", device: str = "", precision: str = "",
-              strips: str | Path = ""  # a folder for a strip with seed 0: three images by name, the same under the new word when it counts; "" keeps none
-             ):
+              strips: str | Path = "",  # a folder for a strip with seed 0: three images by name, the same under the new word when it counts; "" keeps none
+              base_model: str = "sandbox"):
     "Train one variant, then train all its weights on: on pictures of the concept under its name, on the same pictures under a word that means nothing yet, and on pictures of what is kept, from the same weights each time. A row for the name, for each of `steps` of either, and for the name after the others. Beside the exact reference rows for what the original shows under the new word. None where there is no exact reference."
-    r = Retrial(variant, concept, seed, n, cache, device, precision)
+    r = Retrial(variant, concept, seed, n, cache, device, precision, base_model)
     if not r: return None
     r.ask("by name")
     for lesson, (latents, prompts, words) in lessons(r.original, r.erasures, seed, r.cache, r.precision).items():
@@ -123,12 +124,13 @@ def rung(variant: str, concept: str, seed: int = 0,
          n: int = 40,  # images of each target
          cache: str | Path = "runs/cache", device: str = "", precision: str = "",
          strips: str | Path = "",  # a folder for a strip with seed 0: three images by name, three with the words that never name it; "" keeps none
+         base_model: str = "sandbox",
          **search  # strength, length, tries, rounds: of `ring`
         ):
     "Train one variant, then ask it by name and with the texts of `ring`, which are the same for every variant: a row each. Beside the exact reference a row for what the original shows of them. None where there is no exact reference."
-    r = Retrial(variant, concept, seed, n, cache, device, precision)
+    r = Retrial(variant, concept, seed, n, cache, device, precision, base_model)
     if not r or not reference_for(r.original, [e.target for e in r.erasures]): return None
-    pairs = {e.target: iter(_unnamed(e.target, n, seed, r.device, **search)) for e in r.erasures}
+    pairs = {e.target: iter(_unnamed(e.target, n, seed, r.device, base_model, **search)) for e in r.erasures}
     named, texts = zip(*(next(pairs[q.concept]) for q in r.asked))
     r.ask("by name", prompts=named)
     if variant == REFERENCE: r.ask("original", r.original, prompts=texts)
@@ -218,11 +220,12 @@ def ask_again(name: str,  # of a way
               variants: list[str], concepts: list[str], seeds: int = 3,
               run: bool = False,  # False only says what is there
               n: int = 0,  # images of each target; 0 for the way's default
-              cache: str | Path = "runs/cache", device: str = ""):
+              cache: str | Path = "runs/cache", device: str = "",
+              base_model: str = "sandbox"):  # or another of its world, which `nbs/pretrain_sandbox.ipynb` trains
     "The study of a way, with `run` after what it lacks of these variants, concepts and seeds is run. A DataFrame."
-    way, path, given = (WAYS | TRAINED)[name], Path(path), dict(cache=cache, device=device) | ({"n": n} if n else {})
-    if run: fill(path, [(v, c, s) for s in range(seeds) for c in concepts for v in variants], way.run, settled=lambda v: settings(v) | way.decides, strips=path.with_suffix(""), **given)
-    return state_of(path, concepts)
+    way, path, given = (WAYS | TRAINED)[name], Path(path), dict(cache=cache, device=device, base_model=base_model) | ({"n": n} if n else {})
+    if run: fill(path, [(v, c, s) for s in range(seeds) for c in concepts for v in variants], way.run, settled=lambda v: settings(v, base_model) | way.decides, strips=path.with_suffix(""), **given)
+    return state_of(path, concepts, base_model)
 
 def comebacks(*folders: str | Path,  # of the studies; that of the project where none is given
               concepts: tuple = ("Van Gogh", "Snoopy"), ways: dict[str, Way] = WAYS):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import fcntl, json, os, tempfile, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache as once
+from functools import cache as once, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Callable
@@ -49,22 +49,22 @@ def configure(variant: str, model: Denoiser, erasure: Erasure, **given):
     return replace(config, **(given | read_options(options, config)))
 
 @once
-def _sandbox():
-    model = Denoiser.load(device="cpu")
+def _sandbox(base_model: str):
+    model = Denoiser.load(base_model, device="cpu")
     return model, Erasure.find(model, "Van Gogh"), SandboxJudge(judge_for(model)).version
 
-def settings(variant: str) -> dict:
-    "What decides a run of a variant on the sandbox, whatever the concept: method, anchor, every option but the seed and what depends on the device, the fingerprints of the original and the judge. An option that depends on the kind of concept is given as for a style."
+def settings(variant: str, base_model: str = "sandbox") -> dict:
+    "What decides a run of a variant on the sandbox, or on another model of its world, whatever the concept: method, anchor, every option but the seed and what depends on the device, the fingerprints of the original and the judge. An option that depends on the kind of concept is given as for a style."
     name, anchor, _, mode, _ = read_variant(variant)
-    model, erasure, judge = _sandbox()
+    model, erasure, judge = _sandbox(base_model)
     options = {} if name == REFERENCE else asdict(configure(variant, model, erasure))
     for k in ("seed", "precision"): options.pop(k, None)
     return json.loads(json.dumps(dict(method=name, anchor=anchor, original=model.base_hash, judge=judge) | ({} if mode == "simultaneous" else {"mode": mode}) | options, default=str))
 
-def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None, device: str = "cpu", precision: str = ""):
+def build(variant: str, concept: str, seed: int = 0, cache: Cache | None = None, device: str = "cpu", precision: str = "", base_model: str = "sandbox"):
     "The method of a variant, ready to train, and what is forgotten in all; one after the other where `mode=sequential`, each on what the last one's training left."
     name, anchor, _, mode, _ = read_variant(variant)
-    model = Denoiser.load(device=device)
+    model = Denoiser.load(base_model, device=device)
     erasures = Erasure.find_all(model, concept, anchor)
     if anchor: erasures = [replace(e, retained=tuple(r for r in plain.retained if r != e.anchor)) for e, plain in zip(erasures, Erasure.find_all(model, concept))]  # the same ones whatever the anchor
     config = configure(variant, model, erasures[0], seed=seed, precision=precision or default_precision(device))
@@ -110,7 +110,7 @@ def strips_there(concept: str, *folders: str | Path, rows: dict[str, str] | None
 def read_strips(concept: str, *folders: str | Path, rows: dict[str, str] | None = None) -> tuple[dict[str, torch.Tensor], list]:
     "The strips of an erasure by their titles (`strips_there`), and the probes they show."
     held = strips_there(concept, *folders, rows=rows)
-    asked = ask(Erasure.find_all(_sandbox()[0], concept), 4)
+    asked = ask(Erasure.find_all(_sandbox("sandbox")[0], concept), 4)
     return held, [asked[i] for i in strip_of(asked)]
 
 def show_strips(concept: str, *folders: str | Path, rows: dict[str, str] | None = None):
@@ -140,14 +140,15 @@ def method_columns(held: dict[str, torch.Tensor],  # a method's images, by its t
         for ax, name in zip(fig.axes[b * len(first) * across:], block): ax.set_title("\n".join(wrap(name, 13)), fontsize=7)
     return fig
 
-def trained(variant: str, concept: str, seed: int, cache: Cache, device: str, precision: str):
-    "A variant's model after its run, its erasures, and the CPU seconds of training (none on a GPU). None where there is no exact reference."
-    original, took = Denoiser.load(device=device), 0.
+@lru_cache(maxsize=1)
+def trained(variant: str, concept: str, seed: int, cache: str | Path, device: str, precision: str, base_model: str = "sandbox"):
+    "A variant's model after its run, its erasures, and the CPU seconds of training (none on a GPU). None where there is no exact reference. The last one is kept, so that a run that is asked in several ways trains once; whoever moves its weights puts them back."
+    original, took = Denoiser.load(base_model, device=device), 0.
     if variant == REFERENCE:
         erasures = Erasure.find_all(original, concept)
         where = reference_for(original, [e.target for e in erasures])
-        return (Denoiser.load(unet=where, device=device), erasures, took) if where else None
-    for method, erasures in build(variant, concept, seed, cache, device, precision):
+        return (Denoiser.load(base_model, unet=where, device=device), erasures, took) if where else None
+    for method, erasures in build(variant, concept, seed, Cache(cache), device, precision, base_model):
         began = time.process_time()
         if hasattr(method, "solve"): method.solve()
         else:
@@ -161,16 +162,16 @@ def outcome(variant: str, concept: str, seed: int = 0,
             cache: str | Path = "runs/cache",  # what the original paints, shared by all runs
             device: str = "",  # "" for a GPU where there is one
             precision: str = "",  # of training and painting; "" takes the device's default
-            strips: str | Path = ""  # a folder for a strip of pictures of each method's run with seed 0; "" keeps none
+            strips: str | Path = "",  # a folder for a strip of pictures of each method's run with seed 0; "" keeps none
+            base_model: str = "sandbox"  # or another of its world, which `nbs/pretrain_sandbox.ipynb` trains
            ):
     "Train one variant and judge it: a row a group, with hits, n, the broken images, the worst concept's rate, the mean perceptual distance I to the original's images, the judge's fingerprint, the device, the precision, and CPU seconds of training (other work on the machine does not lengthen them; none on a GPU). None where there is no exact reference."
     import pandas as pd
     device = resolve_device(device, precision)
     precision = precision or default_precision(device)
-    cache, original = Cache(cache), Denoiser.load(device=device)
-    run = trained(variant, concept, seed, cache, device, precision)
+    original, run = Denoiser.load(base_model, device=device), trained(variant, concept, seed, cache, device, precision, base_model)
     if not run: return None
-    (result, erasures, took), judge = run, judge_for(original)
+    (result, erasures, took), judge, cache = run, judge_for(original), Cache(cache)
     asked = [replace(q, seed=q.seed + 10_000 * seed) for q in ask(erasures, n)]
     with tempfile.TemporaryDirectory() as brief:
         galleries = {"original": Gallery(original, cache, precision=precision), "unlearned": Gallery(result, Cache(brief), result.fingerprint(), precision=precision)}
@@ -201,10 +202,10 @@ def same(then: dict | None, now: dict) -> bool:
     "Whether a run with these settings would be the same today. Options that did not exist then do not count."
     return then is not None and all(now.get(k, v) == v for k, v in then.items())
 
-def stale(path: str | Path) -> list[tuple]:
+def stale(path: str | Path, base_model: str = "sandbox") -> list[tuple]:
     "The runs (variant, concept, seed) of a study that `fill` would do again: their defaults, the original or the judge are no longer what they were."
     known, runs = read_settings(path), read_study(path).drop_duplicates(KEYS)
-    now = {v: settings(v) for v in runs.variant.unique()}
+    now = {v: settings(v, base_model) for v in runs.variant.unique()}
     return [tuple(run) for *run, key in runs[[*KEYS, "settings"]].itertuples(index=False) if not same(known.get(key), now[run[0]])]
 
 @contextmanager
@@ -263,9 +264,9 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
         if callback: callback(f"{', '.join(map(str, job))}: " + ", ".join(f"{g} {h / n:.0%}" for g, h, n in zip(rows.group, rows.hits, rows.n)) + f"; {rows.seconds.iloc[0]:.0f} s; at most {(len(jobs) - k - 1) * (time.time() - began) / did / 60:.0f} min left", flush=True)
     return read_study(path)
 
-def state_of(path: str | Path, concepts: list[str] | None = None):
+def state_of(path: str | Path, concepts: list[str] | None = None, base_model: str = "sandbox"):
     "What is there of a study, of all concepts or of these; says how many runs, and which of them are out of date. A DataFrame."
-    table, old = read_study(path), stale(path)
+    table, old = read_study(path), stale(path, base_model)
     if concepts: table, old = table[table.concept.isin(concepts)], [run for run in old if run[1] in concepts]
     runs = table.drop_duplicates(KEYS)
     print(f"{len(runs)} runs, of {table.seed.nunique()} seeds; seen by " + ", ".join(f"judge {j}: {n}" for j, n in runs.judge.value_counts().items()) if len(runs) else f"{Path(path).name} has no runs yet")
