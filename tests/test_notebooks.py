@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 TRAINING = ["train_doco", "train_baseline", "train_advanchor", "train_rgd", "train_integrity"]
-RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "bench_gpu", "sweep", "explore", "reproduce_linked", "reproduce_sandbox", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "reproduce_judges", "evaluate", "compare"]
+RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "bench_gpu", "sweep", "explore", "reproduce_linked", "reproduce_sandbox", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "reproduce_judges", "reproduce_models", "evaluate", "compare"]
 
 
 def tool(name): return str(shutil.which(name, path=str(ROOT / ".venv/bin")) or shutil.which(name))
@@ -143,3 +143,32 @@ def test_judges_vote_and_part(monkeypatch):
     assert here["spread"]([*range(11)], 3) == [0, 5, 10] and here["spread"]([1, 2], 3) == [1, 2]
     there = here["read_votes"]()
     assert set(here["others"](there)) == {"1", "2", "3", other} and all((there[j].str.len() == there[own].str.len()).all() for j in here["others"](there))
+
+
+def test_another_model_with_its_controls(tmp_path, monkeypatch):
+    "The study of models: another one lies with its vocabulary, the sandbox's judge and a control for each concept, and is trained once; two runs' distance is by seed or by model."
+    import numpy as np
+    from functools import partial
+    from unlearn_wb.concepts import Vocabulary
+    from unlearn_wb.diffusion import Denoiser
+    from unlearn_wb.metrics import SandboxJudge, judge_for
+    from unlearn_wb.reference import reference_for
+    from unlearn_wb.sandbox import Recipe, load_judge
+    from unlearn_wb.study import settings
+    monkeypatch.chdir(ROOT)
+    here = {}
+    for cell in (c for c in json.loads((ROOT / "nbs/reproduce_models.ipynb").read_text())["cells"] if c["cell_type"] == "code"):
+        source = "".join(cell["source"])
+        if "def " in source or cell["id"] in ("c001", "c002", "c003"): exec(source, here)
+        if cell["id"] == "c003": here |= dict(there=[], work=tmp_path, Recipe=partial(Recipe, images=300, vae_steps=1, clip_steps=1, unet_steps=1, precision="fp32"))
+    base = here["another_model"](3)
+    model, plain = Denoiser.load(base), Denoiser.load()
+    assert Vocabulary.of(model).closed and model.base_hash != plain.base_hash and settings("uce", base)["judge"] == settings("uce")["judge"] == SandboxJudge(load_judge()).version
+    controls = [Denoiser.load(base, unet=reference_for(model, [c])) for c in ("van gogh", "snoopy")]
+    assert len({model.base_hash, *(m.base_hash for m in controls)}) == 3 and judge_for(model) is not None
+    monkeypatch.setitem(here, "run_stage", None)  # nothing is trained again
+    assert here["another_model"](3) == base
+    cells = [("asked", v, "x", np.array(a, float), np.array(b, float)) for v, a, b in (("m", [0, 10, 20], [40]), ("n", [50, 50, 50], [50]))]
+    told = here["apart"](cells)
+    assert told["another seed"].startswith("6.7 [0.0, 13.3]") and told["another model"].startswith("15.0 [") and told["further by"].startswith("+8.3 [") and told["the other's minus the sandbox's"].startswith("+15.0 [")
+    assert here["order_kept"](cells + [("asked", "o", "x", np.array([90., 80, 70]), np.array([30.]))])["another model"] == "-0.50"
