@@ -220,12 +220,11 @@ def ask_again(name: str,  # of a way
               variants: list[str], concepts: list[str], seeds: int = 3,
               run: bool = False,  # False only says what is there
               n: int = 0,  # images of each target; 0 for the way's default
-              cache: str | Path = "runs/cache", device: str = "",
-              base_model: str = "sandbox"):  # or another of its world, which `nbs/pretrain_sandbox.ipynb` trains
+              cache: str | Path = "runs/cache", device: str = ""):
     "The study of a way, with `run` after what it lacks of these variants, concepts and seeds is run. A DataFrame."
-    way, path, given = (WAYS | TRAINED)[name], Path(path), dict(cache=cache, device=device, base_model=base_model) | ({"n": n} if n else {})
-    if run: fill(path, [(v, c, s) for s in range(seeds) for c in concepts for v in variants], way.run, settled=lambda v: settings(v, base_model) | way.decides, strips=path.with_suffix(""), **given)
-    return state_of(path, concepts, base_model)
+    way, path, given = (WAYS | TRAINED)[name], Path(path), dict(cache=cache, device=device) | ({"n": n} if n else {})
+    if run: fill(path, [(v, c, s) for s in range(seeds) for c in concepts for v in variants], way.run, settled=lambda v: settings(v) | way.decides, strips=path.with_suffix(""), **given)
+    return state_of(path, concepts)
 
 def comebacks(*folders: str | Path,  # of the studies; that of the project where none is given
               concepts: tuple = ("Van Gogh", "Snoopy"), ways: dict[str, Way] = WAYS):

@@ -202,10 +202,10 @@ def same(then: dict | None, now: dict) -> bool:
     "Whether a run with these settings would be the same today. Options that did not exist then do not count."
     return then is not None and all(now.get(k, v) == v for k, v in then.items())
 
-def stale(path: str | Path, base_model: str = "sandbox") -> list[tuple]:
+def stale(path: str | Path) -> list[tuple]:
     "The runs (variant, concept, seed) of a study that `fill` would do again: their defaults, the original or the judge are no longer what they were."
     known, runs = read_settings(path), read_study(path).drop_duplicates(KEYS)
-    now = {v: settings(v, base_model) for v in runs.variant.unique()}
+    now = {v: settings(v) for v in runs.variant.unique()}
     return [tuple(run) for *run, key in runs[[*KEYS, "settings"]].itertuples(index=False) if not same(known.get(key), now[run[0]])]
 
 @contextmanager
@@ -264,9 +264,9 @@ def fill(path: str | Path, jobs: list[tuple], run: Callable = outcome, callback:
         if callback: callback(f"{', '.join(map(str, job))}: " + ", ".join(f"{g} {h / n:.0%}" for g, h, n in zip(rows.group, rows.hits, rows.n)) + f"; {rows.seconds.iloc[0]:.0f} s; at most {(len(jobs) - k - 1) * (time.time() - began) / did / 60:.0f} min left", flush=True)
     return read_study(path)
 
-def state_of(path: str | Path, concepts: list[str] | None = None, base_model: str = "sandbox"):
+def state_of(path: str | Path, concepts: list[str] | None = None):
     "What is there of a study, of all concepts or of these; says how many runs, and which of them are out of date. A DataFrame."
-    table, old = read_study(path), stale(path, base_model)
+    table, old = read_study(path), stale(path)
     if concepts: table, old = table[table.concept.isin(concepts)], [run for run in old if run[1] in concepts]
     runs = table.drop_duplicates(KEYS)
     print(f"{len(runs)} runs, of {table.seed.nunique()} seeds; seen by " + ", ".join(f"judge {j}: {n}" for j, n in runs.judge.value_counts().items()) if len(runs) else f"{Path(path).name} has no runs yet")

@@ -93,6 +93,7 @@ class Watch:
             if not (self._affordable(what) or step.done): continue
             self.last[what] = self._timed(draw)
             self.spent[what] += self.last[what]
+            self._tell(step)
         return not self.stopped
 
     def _affordable(self, what) -> bool:
@@ -136,6 +137,8 @@ class Watch:
     def _show(self, step):
         with self.fig.batch_update(): update_live(self.fig, pd.DataFrame(self.rows))
         self.progress.value = step.index
+
+    def _tell(self, step):
         left = (step.total - step.index) * pd.Series([r["seconds"] for r in self.rows[-20:]]).mean()
         self.say(f"{step.phase}, step {step.index} of {step.total}, about {left:.0f} s left; drawing costs {self.cost:.0%} of the training time")
 

@@ -90,7 +90,7 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     until(lambda: (said := share("costs")) and int(said[1]) <= 10, 60, "at most a tenth of the training time for figures and pictures: after one that other programs made longer, nothing is drawn until then")
     page.click("button:has-text('Stop')")
     until(lambda: "trained" in page.inner_text(".jp-Notebook"), 60, "the end of the run")
-    assert share("cost"), "what drawing cost in all is told"
+    assert (said := share("cost")) and int(said[1]) <= 10, "figures and pictures cost at most a tenth of the training time"
     trace = pd.read_parquet(next(lab.folder.glob("runs/*/trace.parquet")))
     assert len(trace) < 2000 and trace.event.dropna().str.startswith("lr = ").any(), "the turned learning rate is in the trace"
 
