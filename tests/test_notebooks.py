@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 TRAINING = ["train_doco", "train_baseline", "train_advanchor", "train_rgd", "train_integrity"]
-RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "bench_gpu", "sweep", "explore", "reproduce_linked", "reproduce_sandbox", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "reproduce_judges", "reproduce_models", "evaluate", "compare"]
+RUNNABLE = [*TRAINING, "pretrain_sandbox", "bench_train", "bench_sample", "bench_gpu", "sweep", "explore", "reproduce_linked", "reproduce_sandbox", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "reproduce_judges", "reproduce_models", "reproduce_concepts", "evaluate", "compare"]
 
 
 def tool(name): return str(shutil.which(name, path=str(ROOT / ".venv/bin")) or shutil.which(name))
@@ -146,7 +146,7 @@ def test_judges_vote_and_part(monkeypatch):
 
 
 def test_another_model_with_its_controls(tmp_path, monkeypatch):
-    "The study of models: another one lies with its vocabulary, the sandbox's judge and a control for each concept, and is trained once; two runs' distance is by seed or by model."
+    "The study of models: another one lies with its vocabulary, the sandbox's judge and a control for each concept, and is trained once; two runs' distance is by seed or by model. The study of concepts: a finished sandbox's own model with further controls beside it."
     import numpy as np
     from functools import partial
     from unlearn_wb.concepts import Vocabulary
@@ -156,11 +156,16 @@ def test_another_model_with_its_controls(tmp_path, monkeypatch):
     from unlearn_wb.sandbox import Recipe, load_judge
     from unlearn_wb.study import settings
     monkeypatch.chdir(ROOT)
-    here = {}
-    for cell in (c for c in json.loads((ROOT / "nbs/reproduce_models.ipynb").read_text())["cells"] if c["cell_type"] == "code"):
-        source = "".join(cell["source"])
-        if "def " in source or cell["id"] in ("c001", "c002", "c003"): exec(source, here)
-        if cell["id"] == "c003": here |= dict(there=[], work=tmp_path, Recipe=partial(Recipe, images=300, vae_steps=1, clip_steps=1, unet_steps=1, precision="fp32"))
+    def defined(name, last="", **own):
+        "What a study's cells define (as far as `last`), with a tiny recipe."
+        here = {}
+        for cell in (c for c in json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"] if c["cell_type"] == "code"):
+            source = "".join(cell["source"])
+            if "def " in source or cell["id"] in ("c001", "c002", "c003"): exec(source, here)
+            if cell["id"] == "c003": here |= dict(there=[], work=tmp_path, Recipe=partial(Recipe, images=300, vae_steps=1, clip_steps=1, unet_steps=1, precision="fp32")) | own
+            if last and f"def {last}" in source: break
+        return here
+    here = defined("reproduce_models")
     base = here["another_model"](3)
     model, plain = Denoiser.load(base), Denoiser.load()
     assert Vocabulary.of(model).closed and model.base_hash != plain.base_hash and settings("uce", base)["judge"] == settings("uce")["judge"] == SandboxJudge(load_judge()).version
@@ -168,6 +173,14 @@ def test_another_model_with_its_controls(tmp_path, monkeypatch):
     assert len({model.base_hash, *(m.base_hash for m in controls)}) == 3 and judge_for(model) is not None
     monkeypatch.setitem(here, "run_stage", None)  # nothing is trained again
     assert here["another_model"](3) == base
+    (tmp_path / "sandbox-3").rename(tmp_path / "sandbox")  # a finished one
+    more = defined("reproduce_concepts", "with_controls", work=tmp_path / "more", DATA=tmp_path, every=["Picasso"])
+    more["Recipe"] = partial(more["Recipe"], seed=3)
+    base = more["with_controls"]()
+    assert Denoiser.load(base).base_hash == model.base_hash and settings("uce", base)["original"] == model.base_hash and reference_for(Denoiser.load(base), ["snoopy"]) is None
+    assert Denoiser.load(base, unet=reference_for(Denoiser.load(base), ["Picasso"])).base_hash not in {model.base_hash, *(m.base_hash for m in controls)}
+    more["run_stage"] = None
+    assert more["with_controls"]() == base
     cells = [("asked", v, "x", np.array(a, float), np.array(b, float)) for v, a, b in (("m", [0, 10, 20], [40]), ("n", [50, 50, 50], [50]))]
     told = here["apart"](cells)
     assert told["another seed"].startswith("6.7 [0.0, 13.3]") and told["another model"].startswith("15.0 [") and told["further by"].startswith("+8.3 [") and told["the other's minus the sandbox's"].startswith("+15.0 [")

@@ -257,7 +257,7 @@ def comeback_map(*folders: str | Path, concepts: tuple = ("Van Gogh", "Snoopy"),
                  ways: dict[str, Way] = WAYS | TRAINED):
     "A figure: a row a variant, and the model that never saw the concept last; a column a way of asking, behind a line what training the weights on brings. None where there are no studies."
     import matplotlib.pyplot as plt
-    table, named = comebacks(*folders, concepts=concepts, ways=ways), _study("attack", folders)
+    table, named = comebacks(*folders, concepts=concepts, ways=ways), [_study(name, folders) for name in dict.fromkeys(("attack", *ways))]
     if not len(table): return None
     ways = {name: way for name, way in ways.items() if (table.way == name).any()}
     if rows is None: rows = {v: titles().get(v, v) for v in table[table.way.isin(WAYS)].groupby("variant").rate.mean().sort_values(kind="stable").index if v != REFERENCE}
@@ -266,7 +266,7 @@ def comeback_map(*folders: str | Path, concepts: tuple = ("Van Gogh", "Snoopy"),
     for ax, c in zip(np.atleast_1d(axes), concepts):
         shares = np.full((len(order), 1 + len(ways)), np.nan)
         for i, v in enumerate(order):
-            by_name = named[(named.variant == v) & (named.concept == c) & (named.group == "by name")]
+            by_name = next((part for t in named if len(part := t[(t.variant == v) & (t.concept == c) & (t.group == "by name")])), ())
             if len(by_name): shares[i, 0] = by_name.hits.sum() / by_name.n.sum()
             for j, way in enumerate(ways, 1):
                 for r in table[(table.variant == v) & (table.concept == c) & (table.way == way)].itertuples():

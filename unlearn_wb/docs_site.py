@@ -18,7 +18,7 @@ PAGES = {  # caption -> pages, by their place under nbs/
     "Run it": ["explore", "train_doco", "train_advanchor", "train_rgd", "train_integrity", "train_baseline", "evaluate", "compare", "sweep"],
     "How to": ["howto/choose_a_method", "howto/gpu_server", "howto/cost", "howto/own_model", "howto/add_a_method", "howto/read_a_report"],
     "Methods": ["methods/index", "methods/anchored", "methods/rg", "methods/integrity", "methods/esd", "methods/conabl", "methods/sdd", "methods/uce", "methods/spm", "methods/fmn", "methods/allbutone", "methods/salun", "methods/amnesia", "methods/mace", "methods/receler"],
-    "Findings": ["reproduce_sandbox", "reproduce_linked", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "reproduce_judges", "reproduce_models", "bench_train", "bench_sample", "bench_gpu", "pretrain_sandbox"],
+    "Findings": ["reproduce_sandbox", "reproduce_linked", "reproduce_anchors", "reproduce_recall", "reproduce_attack", "reproduce_ringabell", "reproduce_relearn", "reproduce_layers", "reproduce_deep", "reproduce_judges", "reproduce_models", "reproduce_concepts", "bench_train", "bench_sample", "bench_gpu", "pretrain_sandbox"],
     "The library": ["lib/00_threads", "lib/03_concepts", "lib/04_scopes", "lib/06_discriminator", "lib/07_loop", "lib/08_stores", "lib/08_runs", "lib/09_metrics", "lib/09_evaluation", "lib/09_assessment", "lib/10_figures", "lib/11_plots", "lib/12_widgets", "lib/13_registry", "lib/14_workbench", "lib/15_study", "lib/15_comeback", "lib/16_explorer", "lib/17_site", "lib/18_sweep", "lib/19_export", "lib/20_launch", "lib/21_blank", "api"]}
 
 HOME = "https://github.com/unlearn-wb/unlearn_wb"  # of the source
