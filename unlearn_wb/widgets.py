@@ -90,7 +90,7 @@ class Watch:
             self.bar.update()
             return True
         for what, draw in (("figure", lambda: self._show(step)), *([("pictures", self._paint)] if self.pictures else [])):
-            if not (self._affordable(what) or step.done): continue
+            if not (step.done or not self.stopped and self._affordable(what)): continue  # nothing more is drawn on the way out
             self.last[what] = self._timed(draw)
             self.spent[what] += self.last[what]
             self._tell(step)

@@ -87,7 +87,12 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     shot(page, "4-reopened")
 
     share = lambda word: re.search(rf"drawing {word} (\d+)% of the training time", page.inner_text(".jp-Notebook"))
-    until(lambda: (said := share("costs")) and int(said[1]) <= 10, 60, "at most a tenth of the training time for figures and pictures: after one that other programs made longer, nothing is drawn until then")
+    for _ in range(5):
+        until(lambda: (said := share("costs")) and int(said[1]) <= 10, 60, "at most a tenth of the training time for figures and pictures: after one that other programs made longer, nothing is drawn until then")
+        page.click("button:has-text('Pause')")  # nothing is drawn from here on; one that was under way may have been such a one
+        time.sleep(2)
+        if int(share("costs")[1]) <= 10: break
+        page.click("button:has-text('Resume')")
     page.click("button:has-text('Stop')")
     until(lambda: "trained" in page.inner_text(".jp-Notebook"), 60, "the end of the run")
     assert (said := share("cost")) and int(said[1]) <= 10, "figures and pictures cost at most a tenth of the training time"
