@@ -129,6 +129,7 @@ def test_judges_vote_and_part(monkeypatch):
     import pandas as pd
     from unlearn_wb.metrics import SandboxJudge
     from unlearn_wb.sandbox import load_judge, render, world
+    from unlearn_wb.study import REFERENCE
     monkeypatch.chdir(ROOT)
     here = {}
     for cell in (c for c in json.loads((ROOT / "nbs/reproduce_judges.ipynb").read_text())["cells"] if c["cell_type"] == "code"):
@@ -143,6 +144,10 @@ def test_judges_vote_and_part(monkeypatch):
     assert here["spread"]([*range(11)], 3) == [0, 5, 10] and here["spread"]([1, 2], 3) == [1, 2]
     there = here["read_votes"]()
     assert set(here["others"](there)) == {"1", "2", "3", other} and all((there[j].str.len() == there[own].str.len()).all() for j in here["others"](there))
+    learnt = pd.read_csv(ROOT / "data/results/concepts/recall.csv").query("group == '200 steps' and concept == 'Picasso'").set_index(["variant", "seed"]).hits
+    asked = there[(there.concept == "Picasso") & (there.group == "a learnt word")]
+    assert len(asked) == 15 and all(row[own].count("1") == learnt[row.model, int(row.seed)] for _, row in asked.iterrows()), "the very images that the study of concepts counted"
+    assert [there.model[i] for i in here["of_third"](there)] == [REFERENCE, "conabl", "conabl-deep", "salun", "esd"], "in the order of their pictures"
 
 
 def test_another_model_with_its_controls(tmp_path, monkeypatch):
