@@ -124,7 +124,7 @@ def test_an_anchor_is_measured_before_it_is_used(tmp_path):
     assert {"target", "retained"} <= set(near.group) and 0 < near.gap.iloc[0] < far.gap.iloc[0]
 
 
-def test_judges_vote_and_part(monkeypatch):
+def test_judges_vote_and_part(tmp_path, monkeypatch):
     "The study of judges: a vote an image, for what that one was asked for; who parts from whom, in the order of the table."
     import pandas as pd
     from unlearn_wb.metrics import SandboxJudge
@@ -148,6 +148,9 @@ def test_judges_vote_and_part(monkeypatch):
     asked = there[(there.concept == "Picasso") & (there.group == "a learnt word")]
     assert len(asked) == 15 and all(row[own].count("1") == learnt[row.model, int(row.seed)] for _, row in asked.iterrows()), "the very images that the study of concepts counted"
     assert [there.model[i] for i in here["of_third"](there)] == [REFERENCE, "conabl", "conabl-deep", "salun", "esd"], "in the order of their pictures"
+    here["p"] |= dict(run=True, controls=str(tmp_path / "base"), work_dir=str(tmp_path / "work"))
+    with pytest.raises(ValueError, match="no Picasso control beside it; .*reproduce_concepts.ipynb"): exec("".join(cell["source"]), here)
+    assert not (tmp_path / "work").exists(), "said before anything is trained"
 
 
 def test_another_model_with_its_controls(tmp_path, monkeypatch):
