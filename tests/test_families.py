@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.x (noise), 2.x (velocity), SDXL and 3 (flow) through the one door: diffusers' own numbers, every method, plain diffusers directories."""
+"""Stable Diffusion 1.x (noise), 2.x (velocity), SDXL, 3 and FLUX.1 (flow) through the one door: diffusers' own numbers, every method, plain diffusers directories."""
 import pytest
 import torch
-from conftest import tiny_flow_pipeline, tiny_pipeline, tiny_xl_pipeline
+from conftest import tiny_flow_pipeline, tiny_flux_pipeline, tiny_pipeline, tiny_xl_pipeline
 
 from unlearn_wb.attack import find_words, readable
 from unlearn_wb.concepts import Cache, Erasure
@@ -12,7 +12,8 @@ from unlearn_wb.registry import METHODS
 from unlearn_wb.relearn import restored, tune
 from unlearn_wb.ringabell import concept_vector, prompt_pairs, ring
 
-FAMILIES = {"sd1": lambda: tiny_pipeline("epsilon"), "sd2": lambda: tiny_pipeline("v_prediction"), "sdxl": tiny_xl_pipeline, "sd3": tiny_flow_pipeline}
+FAMILIES = {"sd1": lambda: tiny_pipeline("epsilon"), "sd2": lambda: tiny_pipeline("v_prediction"), "sdxl": tiny_xl_pipeline, "sd3": tiny_flow_pipeline, "flux": tiny_flux_pipeline}
+WITH_T5 = FAMILIES | {"sd3-t5": lambda: tiny_flow_pipeline(t5=True)}
 JOINT = ("uce", "mace", "fmn", "receler")  # need cross-attention
 
 
@@ -21,20 +22,26 @@ def cache(tmp_path_factory): return Cache(tmp_path_factory.mktemp("painted"))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_T5)
 def test_a_forward_pass_is_diffusers_own_bit_for_bit(family):
-    pipe = FAMILIES[family]()
+    pipe = WITH_T5[family]()
     model, prompts = Denoiser.of(pipe, family), ["a cat by monet", "a dog"]
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
     if family == "sdxl":
         states, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
         ids = pipe._get_add_time_ids((16, 16), (0, 0), (16, 16), dtype=torch.float32, text_encoder_projection_dim=24).expand(2, -1)
         theirs = pipe.unet(x, t, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
-    elif family == "sd3":
+    elif family in ("sd3", "sd3-t5"):
         states, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, device="cpu", do_classifier_free_guidance=False)
         sigma = model.sigma[t]
         y = x * ((1 - sigma) ** 2 + sigma ** 2).sqrt()  # on the straight path
         theirs = y + (1 - sigma) * pipe.transformer(y, timestep=(1000 * sigma).expand(2), encoder_hidden_states=states, pooled_projections=pooled).sample
+    elif family == "flux":
+        states, pooled, nowhere = pipe.encode_prompt(prompts, prompts, device="cpu", max_sequence_length=48)
+        sigma = model.sigma[t]
+        y = x * ((1 - sigma) ** 2 + sigma ** 2).sqrt()
+        v = pipe.transformer(hidden_states=pipe._pack_latents(y, 2, 4, 8, 8), timestep=sigma.expand(2), guidance=torch.ones(2), pooled_projections=pooled, encoder_hidden_states=states, txt_ids=nowhere, img_ids=pipe._prepare_latent_image_ids(2, 4, 4, "cpu", torch.float32)).sample
+        theirs = y + (1 - sigma) * pipe._unpack_latents(v, 16, 16, 2)
     else: theirs = pipe.unet(x, t, encoder_hidden_states=pipe.encode_prompt(prompts, "cpu", 1, False)[0]).sample
     ours = model.eps(x, t, model.embed(prompts))
     if family == "sd2": theirs = model.abar[t].sqrt() * theirs + (1 - model.abar[t]).sqrt() * x
@@ -74,6 +81,25 @@ def test_sd3_arrives_where_its_own_flow_leads():
     torch.testing.assert_close(model.encode(image), (pipe.vae.encode(image * 2 - 1).latent_dist.mean - .06) * 1.5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("distilled", [True, False], ids=["dev", "schnell"])
+def test_flux_arrives_where_its_pipeline_leads(distilled):
+    "Its own pipeline with many Euler steps; where guidance is an input, it is the scale asked for, and the places of noise are the scheduler's own for that size."
+    pipe = tiny_flux_pipeline(guidance_embeds=distilled)
+    pipe.set_progress_bar_config(disable=True)
+    model, prompts, seeds = Denoiser.of(pipe, "flux"), ["a cat", "a dog by monet"], [5, 6]
+    start = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    asked = dict(latents=pipe._pack_latents(start, 2, 4, 8, 8), height=16, width=16, max_sequence_length=48, output_type="latent")
+    theirs = {w: pipe._unpack_latents(pipe(prompts, guidance_scale=w, num_inference_steps=300, **asked).images, 16, 16, 2) for w in (1., 3.)}
+    for w in theirs:
+        ours = sample(model, prompts, seeds, steps=60, guidance=w, decode=False)
+        assert (ours - theirs[w]).norm() < .02 * (theirs[w] - start).norm(), (w, float((ours - theirs[w]).norm() / (theirs[w] - start).norm()))
+    assert torch.equal(theirs[1.], theirs[3.]) == (not distilled)
+    places = (torch.arange(1000) + .5) / 1000
+    pipe.scheduler.set_timesteps(sigmas=places.flip(0).tolist(), **(dict(mu=.5 - .65 * (256 - 16) / (4096 - 256)) if distilled else {}))
+    torch.testing.assert_close(model.sigma, pipe.scheduler.sigmas[:-1].flip(0), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_a_step_on_every_family(family, name, cache):
@@ -83,8 +109,8 @@ def test_every_method_takes_a_step_on_every_family(family, name, cache):
     config = METHODS[name].defaults(model, erasure)
     small = dict(iterations=3, warmup=min(1, getattr(config, "warmup", 0)), batch_size=4, num_images=8, prompts=6, lr=1e-3, anchor_steps=2)
     config = replace(config, **{k: v for k, v in small.items() if k in {f.name for f in fields(config)}})
-    if family == "sd3" and name in JOINT:
-        with pytest.raises(ValueError, match="works on cross-attention, and 'sd3' attends to words and places together"): METHODS[name].make(model, [erasure], config, cache)
+    if family in ("sd3", "flux") and name in JOINT:
+        with pytest.raises(ValueError, match=f"works on cross-attention, and '{family}' attends to words and places together"): METHODS[name].make(model, [erasure], config, cache)
         return
     method = METHODS[name].make(model, [erasure], config, cache)
     before = {k: w.clone() for k, w in method.moved.weights().items()}
@@ -94,7 +120,7 @@ def test_every_method_takes_a_step_on_every_family(family, name, cache):
     assert any(not torch.equal(before[k], after[k]) for k in before) and all(w.isfinite().all() for w in after.values())
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3", "flux"])
 def test_saved_and_loaded_by_plain_diffusers(family, tmp_path):
     from diffusers import DiffusionPipeline
     FAMILIES[family]().save_pretrained(tmp_path / "m", safe_serialization=True)
@@ -106,31 +132,36 @@ def test_saved_and_loaded_by_plain_diffusers(family, tmp_path):
     assert again.fingerprint() == ours.fingerprint()
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_a_whole_run_from_directory_to_directory(family, tmp_path):
     from conftest import parameters
     from safetensors.torch import load_file
     from unlearn_wb.assessment import Candidate
     from unlearn_wb.workbench import Experiment
     FAMILIES[family]().save_pretrained(tmp_path / "m", safe_serialization=True)
-    x = Experiment(parameters(base_model=str(tmp_path / "m"), concept_type="style", retain="Monet", run_dir=str(tmp_path / "run"), lora=.9, log_with="", lr=1e-3), "doco")
+    x = Experiment(parameters(base_model=str(tmp_path / "m"), concept_type="style", retain="Monet", run_dir=str(tmp_path / "run"), lora=1., log_with="", lr=1e-2), "doco")
     x.train(), x.examine()
     assert "look at the grids" in x.finish()["verdict"]
     lora = load_file(tmp_path / "run/model/lora.safetensors")
     assert all(k.startswith(f"{x.model.part}.") for k in lora) and (tmp_path / "run/model/lora-kohya.safetensors").exists() == (family == "sdxl")
+    base, asked = Denoiser.load(str(tmp_path / "m")), (torch.randn(2, 4, 8, 8, generator=seeded(2)), torch.tensor(500), x.model.embed(["van gogh", "a cat"]))
+    with torch.no_grad():
+        before, after = base.eps(*asked), x.model.eps(*asked)
+        base.pipe.load_lora_weights(str(tmp_path / "run/model"), weight_name="lora.safetensors")
+        assert (base.eps(*asked) - after).abs().max() < 1e-3 * (before - after).abs().max()
     model = Candidate.open(str(tmp_path / "run")).model
     assert model.fingerprint() == x.model.fingerprint() == Denoiser.load(str(tmp_path / "run/model")).fingerprint() != Denoiser.load(str(tmp_path / "m")).fingerprint()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_T5)
 def test_a_word_is_learnt_as_if_it_stood_in_the_encoders_table(family):
     "Concept inversion's first step against textual inversion as it is usually written: the table's rows move, everything else is frozen."
-    model, concept, prompts = Denoiser.of(FAMILIES[family](), family), "van gogh", ["a cat by van gogh", "van gogh, a dog", "a van gogh and a van gogh"]
+    model, concept, prompts = Denoiser.of(WITH_T5[family](), family), "van gogh", ["a cat by van gogh", "van gogh, a dog", "a van gogh and a van gogh"]
     latents, before, asked = torch.randn(3, 4, 8, 8, generator=seeded(1)), model.fingerprint(), model.embed(prompts)
     learnt = list(learn_word(model, concept, latents, prompts, steps=3, batch=4, pace=.5))
     assert model.fingerprint() == before and torch.equal(model.embed(prompts), asked) and len({loss for _, loss, _ in learnt}) == 3
     encoders = [(t, e) for t, e in ((model.tokenizer, model.text_encoder), (model.tokenizer_2, model.text_encoder_2), (model.tokenizer_3, model.text_encoder_3)) if e is not None]
-    assert len(learnt[0][2]) == len(encoders) == {"sdxl": 2, "sd3": 2}.get(family, 1)
+    assert len(learnt[0][2]) == len(encoders) == {"sdxl": 2, "sd3": 2, "sd3-t5": 3, "flux": 2}.get(family, 1)
     tables, g, start = [e.get_input_embeddings().weight for _, e in encoders], seeded(0, "word", concept), []
     places, saved = [torch.tensor(t(concept, add_special_tokens=False).input_ids) for t, _ in encoders], [t.detach().clone() for t in tables]
     for table, place in zip(tables, places):
@@ -143,7 +174,8 @@ def test_a_word_is_learnt_as_if_it_stood_in_the_encoders_table(family):
     loss.backward()
     assert abs(loss.item() - learnt[0][1]) < 1e-5 * loss.item()
     for table, place, was, first, word in zip(tables, places, saved, start, learnt[0][2]):
-        clear = table.grad[place].abs() > 1e-6 * table.grad[place].abs().max()
+        clear = table.grad[place].abs() > max(1e-6, 1e-6 * table.grad[place].abs().max())  # far from Adam's epsilon
+        assert clear.float().mean() > .5
         torch.testing.assert_close((word - first)[clear], (-.5 * was.std() * table.grad[place].sign())[clear], rtol=1e-2, atol=1e-5)
 
 
@@ -174,8 +206,7 @@ def test_weights_are_trained_on_by_the_plain_loss_and_put_back(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("goal", ["original", "noise"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, goal", [("sd1", "noise"), *((f, "original") for f in FAMILIES)])
 def test_the_words_found_are_those_of_the_lowest_loss(family, goal):
     "The attack's search against trying every word by hand, and a beam of one against the same, word by word."
     model, original, prompts = Denoiser.of(FAMILIES[family](), family), Denoiser.of(FAMILIES[family](), family), ["a cat by van gogh", "van gogh, a dog", "a boat by van gogh"]
@@ -190,12 +221,12 @@ def test_the_words_found_are_those_of_the_lowest_loss(family, goal):
     eps = torch.randn(3, 4, 8, 8, generator=g)
     x_t = add_noise(latents, eps, model.abar[t])
     goal = original.eps(x_t, t, original.embed(prompts)) if goal == "original" else eps
-    loss = lambda w: float((model.eps(x_t, t, model.embed([f"{w} {p}" for p in prompts])) - goal).square().mean())
-    by_hand = {w: loss(w) for w in words}
+    losses = lambda many: (model.eps(x_t.repeat(len(many), 1, 1, 1), t.repeat(len(many)), model.embed([f"{w} {p}" for w in many for p in prompts])) - goal.repeat(len(many), 1, 1, 1)).square().unflatten(0, (-1, 3)).mean((1, 2, 3, 4)).tolist()
+    by_hand = dict(zip(words, losses(words)))
     assert len(every) == len(words) and [w for w, _ in every][0] == min(by_hand, key=by_hand.get)
     assert all(abs(l - by_hand[w]) < 1e-4 * l for w, l in every)
     one, two = ([x for x in short if len(x[0].split()) == n] for n in (1, 2))
-    assert len(one) == len(two) == 40 and all(w.startswith(one[0][0] + " ") and abs(l - loss(w)) < 1e-4 * l for w, l in two)
+    assert len(one) == len(two) == 40 and all(w.startswith(one[0][0] + " ") and abs(l - mine) < 1e-4 * l for (w, l), mine in zip(two, losses([w for w, _ in two])))
     rest = [l for w, l in by_hand.items() if w not in dict(one)]
     assert sum(l for _, l in one) / 40 < sum(rest) / len(rest), "the gradient's forty are better than the others"
 
@@ -212,18 +243,21 @@ def test_words_that_never_name_a_concept_are_those_that_bring_the_text_nearest(f
     (found, loss), = ring(model, e, ["a cat"], vector, 1.5, length=4, tries=10**6, rounds=1)
     assert all(p.grad is None for p in model.text_encoder.parameters())
     words = [w for w in (model.tokenizer.decode([k]).strip() for k in readable(model)) if w not in ("van", "gogh")]
-    distance = lambda text: float((model.embed([text])[0] - model.embed(["a cat"])[0] - 1.5 * vector).square().mean())
+    distances = lambda texts: (model.embed(texts) - model.embed(["a cat"]) - 1.5 * vector).square().mean((1, 2)).tolist()
     g = seeded(0, "ring", "a cat")
     text = ["a", "cat", *(words[k] for k in torch.randint(len(words), (2,), generator=g))]
-    for place in torch.randperm(4, generator=g).tolist(): text = min((text[:place] + [w] + text[place + 1:] for w in [text[place], *words]), key=lambda t: distance(" ".join(t)))
-    assert found == " ".join(text) and abs(loss - distance(found)) < 1e-4 * loss
+    for place in torch.randperm(4, generator=g).tolist():
+        others = [text[:place] + [w] + text[place + 1:] for w in [text[place], *words]]
+        near = distances([" ".join(t) for t in others])
+        text = others[near.index(min(near))]
+    assert found == " ".join(text) and abs(loss - distances([found])[0]) < 1e-4 * loss
     few, all_of_them = (sum(ring(model, e, ["a cat"], vector, 1.5, length=4, tries=tries, rounds=1, seed=s)[0][1] for s in range(4)) for tries in (10, 10**6))
     assert few < 1.08 * all_of_them, "the gradient's ten are nearly as good as all"
 
 
 def test_another_kind_of_pipeline_is_named(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(BadModel, match="is a FluxPipeline; StableDiffusionPipeline, StableDiffusionXLPipeline and StableDiffusion3Pipeline are known"): Denoiser.load(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(BadModel, match="is a KandinskyPipeline; StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline and FluxPipeline are known"): Denoiser.load(str(tmp_path))
 
 
 def test_a_runs_lora_loads_with_plain_diffusers_and_is_the_run(tmp_path):

@@ -10,11 +10,11 @@ from typing import Callable, NamedTuple
 import torch
 from .concepts import Cache, Erasure
 from .diffusion import Denoiser, add_noise, sample, seeded
-from .recall import encoders, pictures_of
+from .recall import encoders, pictures_of, readers
 from .scopes import choose
 
 # %% auto #0
-__all__ = ['GOALS', 'SEARCH', 'readable', 'blurred', 'find_words', 'Found', 'attack']
+__all__ = ['GOALS', 'SEARCH', 'readable', 'read_as', 'blurred', 'find_words', 'Found', 'attack']
 
 # %% ../nbs/lib/09_attack.ipynb #c005
 def readable(model: Denoiser) -> torch.Tensor:  # (V,)
@@ -27,23 +27,29 @@ def readable(model: Denoiser) -> torch.Tensor:  # (V,)
 # %% ../nbs/lib/09_attack.ipynb #c009
 GOALS = {"original": "what the original predicts for the plain prompt (P4D)", "noise": "the noise in the picture (UnlearnDiffAtk)"}
 
+def read_as(model: Denoiser, tokens: torch.Tensor) -> list[tuple]:
+    "For each text encoder: its tokenizer, it, and the vectors (V,D) as which it reads the tokens; of one that it reads in pieces their mean."
+    texts, out = [t.strip() for t in model.tokenizer.batch_decode([[k] for k in tokens.tolist()])], []
+    for tokenizer, encoder in encoders(model):
+        table = encoder.get_input_embeddings().weight.detach().float().to(model.device)
+        out.append((tokenizer, encoder, torch.stack([table[ids].mean(0) for ids in tokenizer(texts, add_special_tokens=False).input_ids])))
+    return out
+
 @contextmanager
-def blurred(model: Denoiser, place: int):
-    "Within this block the token at a place of every prompt is read as the mean of all, plus a vector: yields pairs of a table (tokens,D) and its vector (D,), one for each text encoder that has the first one's tokens."
-    pairs = []
-    def read(table, vector):
+def blurred(before: str,  # the words in front of the place
+            read: list[tuple]  # of `read_as`
+           ):
+    "Within this block a place of every prompt is read as the mean of all tokens, plus a vector: yields pairs of the tokens' vectors (V,D) and that one (D,), one for each text encoder."
+    pairs, hooks = [], []
+    def reading(place, vector):
         def hook(module, args, out):
             out = out.clone()
-            out[:, place] = (table.mean(0) + vector).to(out)
+            out[:, place] = (module.weight.detach().float().mean(0) + vector).to(out)
             return out
         return hook
-    hooks = []
-    for tokenizer, encoder in encoders(model):
-        if tokenizer.get_vocab() != model.tokenizer.get_vocab(): continue
-        module = encoder.get_input_embeddings()
-        table = module.weight.detach().float().to(model.device)
-        pairs.append((table, torch.zeros(table.shape[1], device=model.device, requires_grad=True)))
-        hooks.append(module.register_forward_hook(read(*pairs[-1])))
+    for tokenizer, encoder, rows in read:
+        pairs.append((rows, torch.zeros(rows.shape[1], device=rows.device, requires_grad=True)))
+        hooks += [m.register_forward_hook(reading(len(tokenizer(before).input_ids) - 1, pairs[-1][1])) for m in readers(encoder)]
     try: yield pairs
     finally:
         for h in hooks: h.remove()
@@ -69,7 +75,7 @@ def find_words(model: Denoiser, original: Denoiser,
     parts = torch.arange(n).split(model.at_once)
     predict = lambda m, some, told: m.eps(x_t[some], t[some], m.embed([told(prompts[k]) for k in some]))
     with torch.no_grad(), original.autocast(precision): aims = [predict(original, some, str) if goal == "original" else eps[some] for some in parts]
-    said = lambda prefix: " ".join(model.tokenizer.decode([k]).strip() for k in prefix)
+    said, read = lambda prefix: " ".join(model.tokenizer.decode([k]).strip() for k in prefix), read_as(model, tokens)
     def loss(prefix, vectors=()):
         total = 0.
         for some, aim in zip(parts, aims):
@@ -80,9 +86,9 @@ def find_words(model: Denoiser, original: Denoiser,
     seen, front, every = {}, [()], (1 + beam * (words - 1)) * tries
     for length in range(1, words + 1):
         for prefix in front:
-            with blurred(model, length) as pairs:
+            with blurred(said(prefix), read) as pairs:
                 loss(prefix + (int(tokens[0]),), [vector for _, vector in pairs])
-                promise = sum(table[tokens] @ vector.grad for table, vector in pairs)
+                promise = sum(rows @ vector.grad for rows, vector in pairs)
             for k in promise.argsort()[:tries].tolist():
                 longer = prefix + (int(tokens[k]),)
                 seen[longer] = loss(longer)

@@ -19,31 +19,35 @@ SIZES = {  # name -> the denoising network's arguments, the VAE's channels, the 
     "sdxl": (dict(sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
                   addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816), (128, 256, 512, 512), [(768, 12, 12, 0), (1280, 32, 20, 1280)], "epsilon"),
     "sd3": (dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192),
-            (128, 256, 512, 512), [(768, 12, 12, 768), (1280, 32, 20, 1280)], "flow")}
+            (128, 256, 512, 512), [(768, 12, 12, 768), (1280, 32, 20, 1280)], "flow"),
+    "flux": (dict(in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True), (128, 256, 512, 512), [(768, 12, 12, 0)], "flow")}
 
 def blank(size: str,  # of `SIZES`
           device: str = "cpu"  # "meta" for shapes alone
          ) -> Denoiser:
     "A model with random weights and the shapes of a real one."
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
     network, channels, texts, predicts = choose("size", size, SIZES)
-    flow, levels = predicts == "flow", network.get("block_out_channels", ())
+    flow, flux, levels = predicts == "flow", size == "flux", network.get("block_out_channels", ())
     last = 0 if size == "sdxl" else len(levels) - 1  # which level of a U-Net has no cross-attention
     down = tuple("DownBlock2D" if i == last else "CrossAttnDownBlock2D" for i in range(len(levels)))
     up = tuple(k.replace("Down", "Up") for k in reversed(down))
-    tokenizer = CLIPTokenizer.from_pretrained(DATA / "sandbox" / "base" / "tokenizer", model_max_length=77)
+    reading = lambda most: CLIPTokenizer.from_pretrained(DATA / "sandbox" / "base" / "tokenizer", model_max_length=most)
+    tokenizer = reading(77)
     torch.manual_seed(0)
     with quiet_loading(), torch.device(device):
-        parts = dict(transformer=diffusers.SD3Transformer2DModel(**network)) if flow else dict(unet=diffusers.UNet2DConditionModel(layers_per_block=2, down_block_types=down, up_block_types=up, **network))
-        parts |= dict(vae=diffusers.AutoencoderKL(block_out_channels=channels, layers_per_block=2, latent_channels=network.get("in_channels", 4), use_quant_conv=not flow, use_post_quant_conv=not flow, sample_size=network["sample_size"] * 2 ** (len(channels) - 1), down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels)))
+        parts = dict(transformer=(diffusers.FluxTransformer2DModel if flux else diffusers.SD3Transformer2DModel)(**network)) if flow else dict(unet=diffusers.UNet2DConditionModel(layers_per_block=2, down_block_types=down, up_block_types=up, **network))
+        parts |= dict(vae=diffusers.AutoencoderKL(block_out_channels=channels, layers_per_block=2, latent_channels=16 if flow else 4, use_quant_conv=not flow, use_post_quant_conv=not flow, sample_size=network.get("sample_size", 128) * 2 ** (len(channels) - 1), down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels)))
         for k, (width, layers, heads, projection) in enumerate(texts):
             config = CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=77, vocab_size=49408, projection_dim=projection or width,
                                     bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
             parts["text_encoder" if not k else f"text_encoder_{k + 1}"] = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+        if flux: parts["text_encoder_2"] = T5EncoderModel(T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"))
     both = dict(tokenizer_2=tokenizer) if len(texts) > 1 else {}
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.) if flow else diffusers.DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=predicts)
-    if flow: pipe = diffusers.StableDiffusion3Pipeline(tokenizer=tokenizer, text_encoder_3=None, tokenizer_3=None, scheduler=scheduler, **both, **parts)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=flux) if flow else diffusers.DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=predicts)
+    if flux: pipe = diffusers.FluxPipeline(tokenizer=tokenizer, tokenizer_2=reading(512), scheduler=scheduler, **parts)
+    elif flow: pipe = diffusers.StableDiffusion3Pipeline(tokenizer=tokenizer, text_encoder_3=None, tokenizer_3=None, scheduler=scheduler, **both, **parts)
     elif both: pipe = diffusers.StableDiffusionXLPipeline(tokenizer=tokenizer, scheduler=scheduler, add_watermarker=False, **both, **parts)
     else: pipe = diffusers.StableDiffusionPipeline(tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts)
     return Denoiser.of(pipe, size)

@@ -231,14 +231,14 @@ def probes(e: Erasure,
 def check_prompts(model: Denoiser, prompts: list[str], concept: str = "") -> int:
     "How many prompts are cut at the tokenizer's limit. Raises `BadConcept` when the concept itself is cut off."
     def find(ids, part): return any(ids[i:i + len(part)] == part for i in range(len(ids) - len(part) + 1))
-    cut = 0
+    cut, room = 0, model.max_tokens - model.begin - 1
     part = model.tokenizer(concept, add_special_tokens=False).input_ids if concept else []
     for p in dict.fromkeys(prompts):
         ids = model.tokenizer(p, add_special_tokens=False).input_ids
-        if len(ids) <= model.max_tokens - 2: continue
+        if len(ids) <= room: continue
         cut += 1
-        if concept and find(ids, part) and not find(ids[:model.max_tokens - 2], part):
-            raise BadConcept(f"the prompt '{p[:60]}...' has {len(ids)} tokens, of which {model.max_tokens - 2} are read, and '{concept}' is cut off; put it nearer to the front, or say it in fewer words")
+        if concept and find(ids, part) and not find(ids[:room], part):
+            raise BadConcept(f"the prompt '{p[:60]}...' has {len(ids)} tokens, of which {room} are read, and '{concept}' is cut off; put it nearer to the front, or say it in fewer words")
     return cut
 
 # %% ../nbs/lib/03_concepts.ipynb #c024

@@ -4,7 +4,7 @@
 
 # %% ../nbs/lib/01_diffusion.ipynb #c002
 from __future__ import annotations
-import hashlib, json, logging, socket, threading
+import hashlib, json, logging, math, socket, threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ import unlearn_wb
 __all__ = ['HALVES', 'PRECISIONS', 'DATA', 'PIPELINES', 'LOADING', 'seeded', 'add_noise', 'x0_hat', 'eps_from_v', 'x_prev',
            'BadModel', 'default_precision', 'resolve_device', 'resolve_model', 'quiet_loading', 'why_not_loaded',
            'need_cross_attention', 'Denoiser', 'denoise', 'starting_noise', 'sample', 'embed_each', 'FlowDenoiser',
-           'KeepMap', 'attention_maps']
+           'FluxDenoiser', 'KeepMap', 'attention_maps']
 
 # %% ../nbs/lib/01_diffusion.ipynb #c005
 def seeded(*name) -> torch.Generator:
@@ -89,8 +89,9 @@ def resolve_device(device: str = "",  # "" for a GPU where there is one
 _home = Path(unlearn_wb.__path__[0]).resolve()
 DATA = (_home if (_home / "data").exists() else _home.parent) / "data"  # inside the library in a wheel, beside it in a clone; the notebooks lie next to it
 _PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_JOINT = {("transformer" if k == "unet" else k): v for k, v in _PARTS.items()} | {"text_encoder_2": "model"}
 PIPELINES = {"StableDiffusionPipeline": _PARTS, "StableDiffusionXLPipeline": _PARTS | {"text_encoder_2": "model"},  # class -> its parts, and the stem of their weights
-             "StableDiffusion3Pipeline": {"transformer": "diffusion_pytorch_model"} | {k: v for k, v in _PARTS.items() if k != "unet"} | {"text_encoder_2": "model"}}
+             "StableDiffusion3Pipeline": _JOINT, "FluxPipeline": _JOINT}
 
 
 def resolve_model(name: str  # "sandbox", a diffusers directory, or a hub id
@@ -163,10 +164,13 @@ def need_cross_attention(model, who: str):
     if not model.cross_attention: raise BadModel(f"{who} works on cross-attention, and '{model.name}' attends to words and places together; do without it there: doco, esd, conabl and others need none")
 
 class Denoiser:
-    "A Stable Diffusion pipeline as the function eps(x_t, t, c): this class and its child alone know the pipeline's own interface."
+    "A Stable Diffusion pipeline as the function eps(x_t, t, c): this class and its children alone know the pipeline's own interface."
     part = "unet"  # the pipeline's name of the denoising network
+    doors = {}  # pipeline's class -> its child of this class; every other pipeline is of this class itself
     compiled, _translating, _dtype, keepers = None, False, None, None
     cross_attention = True  # words enter by cross-attention, whose keys and values are functions of the text states alone
+    def __init_subclass__(cls, pipeline: str): Denoiser.doors[pipeline] = cls
+
     def __init__(self, pipe,  # a diffusers `StableDiffusionPipeline`
                  name: str = "",  # what to call it
                  folder: Path | None = None):  # where it was loaded from, if from a directory
@@ -195,8 +199,8 @@ class Denoiser:
 
     @staticmethod
     def door(pipe) -> type:
-        "The class for a pipeline: the child whose network it has, else this one."
-        return next((d for d in Denoiser.__subclasses__() if hasattr(pipe, d.part)), Denoiser)
+        "The class for a pipeline."
+        return Denoiser.doors.get(type(pipe).__name__, Denoiser)
 
     @classmethod
     def load(cls, name: str = "sandbox",  # "sandbox", a diffusers directory or a hub id
@@ -249,8 +253,12 @@ class Denoiser:
     def _shift(self): return getattr(self.vae.config, "shift_factor", None) or 0.
     @property
     def max_tokens(self):
-        "Tokens of a prompt that the text encoder reads, begin and end included."
+        "Tokens of a prompt that the text encoder reads, the marks of its begin and end included."
         return self.tokenizer.model_max_length
+    @property
+    def begin(self):
+        "The row of the text states that is the first word's: 1 after CLIP's mark of the begin, 0 of T5, which has a mark of the end alone."
+        return len(self.tokenizer("").input_ids) - 1
 
     @contextmanager
     def parked(self):
@@ -331,9 +339,18 @@ class Denoiser:
         out = self._network(x_t.to(self.dtype), t, c, **more).sample.float()
         return out if self.predicts == "epsilon" else eps_from_v(x_t, out, self.abar[t])
 
-    def tokens(self, prompts: list[str], tokenizer=None) -> torch.Tensor:  # (B,L)
+    def guided(self, x_t: torch.Tensor, t: torch.Tensor, c: torch.Tensor,
+               c_null: torch.Tensor,  # of the empty prompt (1,L,D)
+               w: float  # guidance scale; 1 asks once, without the empty prompt
+              ) -> torch.Tensor:  # (B,C,H,W) float32
+        "Predicted noise under classifier-free guidance (Ho and Salimans 2022, Eq. 6)."
+        if w == 1: return self.eps(x_t, t, c)
+        plain, told = self.eps(torch.cat([x_t, x_t]), t, torch.cat([c_null.expand_as(c), c])).chunk(2)
+        return plain + w * (told - plain)
+
+    def tokens(self, prompts: list[str], tokenizer=None, most: int | None = None) -> torch.Tensor:  # (B,L)
         "Token numbers, padded and cut at the tokenizer's limit."
-        return (tokenizer or self.tokenizer)(list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt").input_ids.to(self.device)
+        return (tokenizer or self.tokenizer)(list(prompts), padding="max_length", truncation=True, max_length=most or self.max_tokens, return_tensors="pt").input_ids.to(self.device)
 
     def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L,D); SDXL (B,L+1,D)
         "The text encoder's states for each prompt: what cross-attention reads. Of SDXL the states of both encoders, and one more row, the pooled text, filled up with zeros."
@@ -380,11 +397,7 @@ def denoise(model: Denoiser,
     solver.set_begin_index(0)  # else it looks for the first timestep, and a GPU is waited for
     x = x * solver.init_noise_sigma
     for t in solver.timesteps:
-        with model.autocast(precision):
-            if guidance == 1: eps = model.eps(x, t, c)
-            else:
-                plain, told = model.eps(torch.cat([x, x]), t, torch.cat([c_null.expand_as(c), c])).chunk(2)
-                eps = plain + guidance * (told - plain)
+        with model.autocast(precision): eps = model.guided(x, t, c, c_null, guidance)
         yield t, x, eps
         a = model.abar[t[None]]  # a list: a single number would be waited for
         out = eps if model.predicts == "epsilon" else (eps - (1 - a).sqrt() * x) / a.sqrt()  # the solver expects what the network predicts
@@ -429,12 +442,15 @@ def embed_each(model: Denoiser, prompts: list[str]) -> torch.Tensor:
     return model.embed(list(row))[[row[p] for p in prompts]]
 
 # %% ../nbs/lib/01_diffusion.ipynb #c033
-class FlowDenoiser(Denoiser):
+class FlowDenoiser(Denoiser, pipeline="StableDiffusion3Pipeline"):
     "A Stable Diffusion 3 pipeline behind the same door."
     part, cross_attention = "transformer", False
     def _schedule(self):
         scheduler = self.pipe.scheduler.config
         T, shift = scheduler.num_train_timesteps, scheduler.get("shift", 1.)
+        if scheduler.get("use_dynamic_shifting"):  # the more places an image has, the more noise
+            few, many, low, high = (scheduler.get(k, v) for k, v in (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", .5), ("max_shift", 1.15)))
+            shift = math.exp(low + (high - low) * ((self.latent_shape[1] // 2) ** 2 - few) / (many - few))
         u = (torch.arange(T, dtype=torch.float64) + .5) / T
         sigma = shift * u / (1 + (shift - 1) * u)  # (T,), share of noise on the straight path
         self.scale = ((1 - sigma) ** 2 + sigma ** 2).sqrt().float().to(self.device)
@@ -445,12 +461,14 @@ class FlowDenoiser(Denoiser):
         a = self.abar.double().cpu()
         return DPMSolverMultistepScheduler(len(a), trained_betas=(1 - a / torch.cat([torch.ones(1), a[:-1]])).tolist(), algorithm_type="dpmsolver++")
 
-    def eps(self, x_t: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def eps(self, x_t: torch.Tensor, t: torch.Tensor, c: torch.Tensor, **how) -> torch.Tensor:
         "Predicted noise; see `Denoiser.eps`."
         t, c = t.expand(len(x_t)).contiguous(), c.to(self.dtype).contiguous()
-        y, wide = x_t * _wide(self.scale[t], x_t), _wide(self.sigma[t], x_t)
-        v = self._network(y.to(self.dtype), timestep=self.sigma[t] * self.pipe.scheduler.config.num_train_timesteps, encoder_hidden_states=c[:, :-1], pooled_projections=c[:, -1, :self.unet.config.pooled_projection_dim]).sample
-        return y.float() + (1 - wide) * v.float()
+        y = x_t * _wide(self.scale[t], x_t)
+        v = self._velocity(y.to(self.dtype), self.sigma[t], c[:, :-1], c[:, -1, :self.unet.config.pooled_projection_dim], **how)
+        return y.float() + (1 - _wide(self.sigma[t], x_t)) * v.float()
+
+    def _velocity(self, y, sigma, words, pooled): return self._network(y, timestep=sigma * self.pipe.scheduler.config.num_train_timesteps, encoder_hidden_states=words, pooled_projections=pooled).sample
 
     def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L+256+1,D)
         "The text states: both CLIPs', side by side, then T5's (zeros without it), then one row, the pooled text."
@@ -462,8 +480,42 @@ class FlowDenoiser(Denoiser):
 
     def _t5(self, prompts, length: int = 256):
         if self.text_encoder_3 is None: return torch.zeros(len(prompts), length, self.unet.config.joint_attention_dim, dtype=self.dtype, device=self.device)
-        ids = self.tokenizer_3(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return self.text_encoder_3(ids.to(self.device))[0]
+        return self.text_encoder_3(self.tokens(prompts, self.tokenizer_3, length))[0]
+
+# %% ../nbs/lib/01_diffusion.ipynb #c040
+class FluxDenoiser(FlowDenoiser, pipeline="FluxPipeline"):
+    "A FLUX.1 pipeline behind the same door. Its images have the size that its VAE's config.json calls `sample_size` (1024 in the published ones)."
+    def __init__(self, *pipe_and_names, **named):
+        super().__init__(*pipe_and_names, **named)
+        for k in ("tokenizer", "text_encoder"): setattr(self, k, getattr(self.pipe, f"{k}_2")), setattr(self, f"{k}_2", getattr(self.pipe, k))  # T5 reads the words: the first encoder here is the pipeline's second
+
+    @property
+    def max_tokens(self): return min(512, self.tokenizer.model_max_length)
+    @property
+    def latent_shape(self):
+        side = self.vae.config.sample_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return (self.unet.config.in_channels // 4, side, side)
+
+    def guided(self, x_t, t, c, c_null, w): return self.eps(x_t, t, c, guidance=w)
+
+    def _velocity(self, y, sigma, words, pooled, guidance: float = 1.):
+        packed, h, w = F.pixel_unshuffle(y, 2), y.shape[2] // 2, y.shape[3] // 2
+        place = torch.cartesian_prod(*(torch.arange(n, dtype=y.dtype, device=y.device) for n in (1, h, w)))  # (h*w,3): nothing, row, column
+        scale = torch.full_like(sigma, guidance) if self.unet.config.guidance_embeds else None
+        v = self._network(packed.flatten(2).transpose(1, 2), timestep=sigma, guidance=scale, encoder_hidden_states=words, pooled_projections=pooled, img_ids=place, txt_ids=torch.zeros_like(words[0, :, :3])).sample
+        return F.pixel_shuffle(v.transpose(1, 2).unflatten(2, (h, w)), 2)
+
+    def embed(self, prompts: list[str]) -> torch.Tensor:  # (B,L+1,D)
+        "The text states: T5's, then one row, CLIP's pooled text, filled up with zeros."
+        with self._here(self.text_encoder, self.text_encoder_2): words, pooled = self.text_encoder(self.tokens(prompts))[0], self._pooled(prompts)
+        return torch.cat([words, F.pad(pooled, (0, words.shape[-1] - pooled.shape[-1]))[:, None]], 1)
+
+    def _pooled(self, prompts): return self.text_encoder_2(self.tokens(prompts, self.tokenizer_2, self.tokenizer_2.model_max_length)).pooler_output
+
+    @torch.no_grad()
+    def summary(self, prompts: list[str]) -> torch.Tensor:  # (B,D) float32
+        "One vector a prompt: CLIP's pooled state."
+        with self._here(self.text_encoder_2): return self._pooled(prompts).float()
 
 # %% ../nbs/lib/01_diffusion.ipynb #c037
 class KeepMap:

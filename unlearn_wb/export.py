@@ -5,7 +5,7 @@
 # %% ../nbs/lib/19_export.ipynb #c002
 from __future__ import annotations
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 
@@ -19,6 +19,7 @@ class Lora:
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     energy: float
     left_out: tuple  # changed tensors that a LoRA has no place for
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)  # layer -> difference of its bias: of all layers, or of none
 
     @property
     def ranks(self) -> dict[str, int]: return {k: len(a) for k, (a, _) in self.factors.items()}
@@ -27,11 +28,12 @@ class Lora:
         "The original's weights with the LoRA added."
         out = {k: w.clone() for k, w in start.items()}
         for k, (a, b) in self.factors.items(): out[f"{k}.weight"] += scale * (b.flatten(1) @ a.flatten(1)).view_as(out[f"{k}.weight"]).to(out[f"{k}.weight"])
+        for k, d in self.biases.items(): out[f"{k}.bias"] += scale * d.to(out[f"{k}.bias"])
         return out
 
     def peft(self, part: str = "unet") -> dict[str, torch.Tensor]:
         "Tensors under the keys that diffusers and PEFT read; `part` is the pipeline's name of the denoising network."
-        return {f"{part}.{k}.lora_{x}.weight": w.contiguous() for k, pair in self.factors.items() for x, w in zip("AB", pair)}
+        return {f"{part}.{k}.lora_{x}.weight": w.contiguous() for k, pair in self.factors.items() for x, w in zip("AB", pair)} | {f"{part}.{k}.lora_B.bias": d for k, d in self.biases.items()}
 
     def kohya(self) -> dict[str, torch.Tensor]:
         "Tensors under the keys of kohya's scripts and of most user interfaces."
@@ -42,9 +44,8 @@ class Lora:
     def save(self, folder: str | Path, part: str = "unet"):
         "Write `lora.safetensors` (PEFT keys) and, for U-Nets, `lora-kohya.safetensors`."
         from safetensors.torch import save_file
-        said = {"energy": f"{self.energy:.4f}", "format": "pt"}
-        save_file(self.peft(part), Path(folder) / "lora.safetensors", said)
-        if part == "unet": save_file(self.kohya(), Path(folder) / "lora-kohya.safetensors", said)
+        save_file(self.peft(part), Path(folder) / "lora.safetensors", {"energy": f"{self.energy:.4f}", "format": "pt"})
+        if part == "unet": save_file(self.kohya(), Path(folder) / "lora-kohya.safetensors", {"format": "pt"})
 
 @torch.no_grad()
 def extract_lora(start: dict[str, torch.Tensor],  # the original's weights, by parameter name
@@ -71,7 +72,11 @@ def extract_lora(start: dict[str, torch.Tensor],  # the original's weights, by p
         factors[k.removesuffix(".weight")] = (a, b) if d.dim() == 2 else (a.view(r, *d.shape[1:]), b[..., None, None])
         held += mine * float(grown[r - 1])
     if not factors: raise ValueError("result and original are equal in every matrix; there is nothing for a LoRA to hold")
-    return Lora(factors, held / total, tuple(out))
+    named, biases = {f"{k}.bias": k for k in factors}, {}
+    if any(k in named for k in out) and all(k in start for k in named):
+        biases = {k: (result.get(b, start[b]) - start[b].to(result.get(b, start[b]))).float() for b, k in named.items()}
+        held, out = held + sum(float(d.square().sum()) for d in biases.values()), [k for k in out if k not in named]
+    return Lora(factors, held / total, tuple(out), biases)
 
 # %% ../nbs/lib/19_export.ipynb #c010
 def licence_of(folder: Path | None) -> str:
@@ -84,7 +89,8 @@ def licence_of(folder: Path | None) -> str:
 def model_card(out: dict,  # the run's report
                config: dict,  # the run's configuration
                licence: str = "",  # of the base model
-               table=None  # of `evaluation.rates`
+               table=None,  # of `evaluation.rates`
+               lora: Lora | None = None  # that lies beside the model
               ) -> str:
     "A Markdown card with front matter."
     front = ["---", f"base_model: {config['base_model']}", *([f"license: {licence}"] if licence else []), "library_name: diffusers", "tags: [unlearning, text-to-image]", "---"]
@@ -93,7 +99,7 @@ def model_card(out: dict,  # the run's report
     return "\n".join([*front, "", f"# {config['base_model']} without {config['concept']}", "", out["verdict"], "",
                       f"Method: {config['method']}. Base model: {config['base_model']} (weights {config['base_model_hash']}). Licence: {licence or 'that of the base model; its card names none'}.", "",
                       *(["## Scores", "", "| group | concept | shown in | images |", "|---|---|---|---|", *rows, ""] if rows else []), "## Parameters", "", "```json", json.dumps(keep, indent=1, default=str), "```", "",
-                      "`changed.safetensors` holds the changed tensors alone; `lora.safetensors`, where it is there, loads onto the base model.", ""])
+                      "`changed.safetensors` holds the changed tensors alone." + (f" `lora.safetensors` loads onto the base model and holds {100 * lora.energy:.1f} % of the change's energy (its squared norm)." if lora else ""), ""])
 
 def check_repo(repo: str):
     "Raises `ValueError` for a name that no repository of a model hub can have; asks nobody."

@@ -13,13 +13,18 @@ from .diffusion import Denoiser, add_noise, seeded
 from .methods.anchored import paint_bank
 
 # %% auto #0
-__all__ = ['encoders', 'spoken', 'pictures_of', 'new_word', 'drawn', 'learn_word', 'learn_words']
+__all__ = ['encoders', 'readers', 'spoken', 'pictures_of', 'new_word', 'drawn', 'learn_word', 'learn_words']
 
 # %% ../nbs/lib/09_recall.ipynb #c005
 def encoders(model: Denoiser) -> list[tuple]:
     "The tokenizers and text encoders that read a prompt."
     pairs = [(getattr(model, f"tokenizer{k}"), getattr(model, f"text_encoder{k}")) for k in ("", "_2", "_3")]
     return [(t, e) for t, e in pairs if e is not None]
+
+def readers(encoder) -> list:
+    "The layers that turn tokens into vectors: T5 has two with the same weights, and uses one of them."
+    table = encoder.get_input_embeddings().weight
+    return [m for m in encoder.modules() if getattr(m, "weight", None) is table]
 
 def _tokens_of(tokenizer, concept: str) -> torch.Tensor: return torch.tensor(tokenizer(concept, add_special_tokens=False).input_ids)
 
@@ -37,7 +42,7 @@ def spoken(model: Denoiser,
                 for b, i in found: out[b, i:i + len(part)] = vectors.to(out)
             return out
         return read
-    hooks = [encoder.get_input_embeddings().register_forward_hook(reading(tokenizer, n)) for n, (tokenizer, encoder) in enumerate(encoders(model))]
+    hooks = [m.register_forward_hook(reading(tokenizer, n)) for n, (tokenizer, encoder) in enumerate(encoders(model)) for m in readers(encoder)]
     try: yield
     finally:
         for h in hooks: h.remove()

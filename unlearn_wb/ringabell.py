@@ -6,7 +6,7 @@
 from __future__ import annotations
 from inspect import signature
 import torch
-from .attack import blurred, readable
+from .attack import blurred, read_as, readable
 from .concepts import Erasure, bank
 from .diffusion import Denoiser, seeded
 
@@ -41,21 +41,21 @@ def ring(model: Denoiser, erasure: Erasure,
     spelled = [model.tokenizer.decode([k]).strip() for k in range(len(model.tokenizer))]
     named = {k for k, text in enumerate(spelled) if k in own or any(w in text.lower() for w in words)}  # "vangogh" names him too
     tokens = torch.tensor([k for k in readable(model).tolist() if k not in named])
-    said = lambda ids: " ".join(spelled[k] for k in ids)
-    found = []
+    said, room = lambda ids: " ".join(spelled[k] for k in ids), model.max_tokens - model.begin - 1
+    found, read = [], read_as(model, tokens)
     for prompt in prompts:
         g = seeded(seed, "ring", prompt)
         with torch.no_grad(): aim = model.embed([prompt])[0] + strength * vector
         loss = lambda many: (model.embed([said(ids) for ids in many]) - aim).square().mean((1, 2))
-        ids = [k for k in model.tokenizer(prompt, add_special_tokens=False).input_ids if k not in named][:model.max_tokens - 2]
-        ids += tokens[torch.randint(len(tokens), (max(0, min(length, model.max_tokens - 2) - len(ids)),), generator=g)].tolist()
+        ids = [k for k in model.tokenizer(prompt, add_special_tokens=False).input_ids if k not in named][:room]
+        ids += tokens[torch.randint(len(tokens), (max(0, min(length, room) - len(ids)),), generator=g)].tolist()
         with torch.no_grad(): least = loss([ids]).item()
         for _ in range(rounds):
             before = least
             for place in torch.randperm(len(ids), generator=g).tolist():
-                with torch.enable_grad(), blurred(model, place + 1) as pairs:
+                with torch.enable_grad(), blurred(said(ids[:place]), read) as pairs:
                     torch.autograd.backward(loss([ids]), inputs=[change for _, change in pairs])
-                    promise = sum(table[tokens] @ change.grad for table, change in pairs)
+                    promise = sum(rows @ change.grad for rows, change in pairs)
                 others = [ids[:place] + [int(tokens[k])] + ids[place + 1:] for k in promise.argsort()[:tries].tolist()]
                 with torch.no_grad(): losses = torch.cat([loss(some) for some in (others[i:i + 64] for i in range(0, len(others), 64))])
                 if losses.min() < least: least, ids = losses.min().item(), others[int(losses.argmin())]

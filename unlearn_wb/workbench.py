@@ -271,8 +271,9 @@ class Experiment:
         "Write model, report and page; returns the verdict with its numbers."
         out = verdict(self.table, self.targets) if hasattr(self, "table") else {"verdict": "No ground-truth judge lies beside this model: look at the grids."}
         out |= {"concept": self.p["concept"], "method": self.method_name, "alerts": alerts(self.run.trace()), "seconds_training": float(self.run.trace().seconds.sum()), "run": str(self.run.folder)}
-        self.run.save_model(self.model, self.method.moved.weights(), model_card(out, self.run.config, licence_of(self.model.folder), getattr(self, "table", None)))
-        if self.p.get("lora"): extract_lora(Denoiser.load(self.p["base_model"]).unet.state_dict(), self.method.moved.weights(), self.p["lora"]).save(self.run.folder / "model", self.model.part)
+        lora = extract_lora(Denoiser.load(self.p["base_model"]).unet.state_dict(), self.method.moved.weights(), self.p["lora"]) if self.p.get("lora") else None
+        self.run.save_model(self.model, self.method.moved.weights(), model_card(out, self.run.config, licence_of(self.model.folder), getattr(self, "table", None), lora))
+        if lora: lora.save(self.run.folder / "model", self.model.part)
         own = self.model.folder / "vocabulary.json" if self.model.folder else None
         if own and own.exists(): (self.run.folder / "model" / "vocabulary.json").write_text(own.read_text())
         for k in range(len(self.stages)): self._at(k).keep_checkpoints()
