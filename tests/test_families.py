@@ -255,6 +255,24 @@ def test_words_that_never_name_a_concept_are_those_that_bring_the_text_nearest(f
     assert few < 1.08 * all_of_them, "the gradient's ten are nearly as good as all"
 
 
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_weights_that_are_there_in_16_bits_alone_are_found(family, tmp_path):
+    "`save_pretrained(variant='fp16')`, as most large models are passed on; in one file, and in several."
+    pipe = FAMILIES[family]()
+    whole = Denoiser.of(pipe, family).fingerprint()
+    pipe.save_pretrained(tmp_path / "one", variant="fp16")
+    pipe.save_pretrained(tmp_path / "several", variant="fp16", max_shard_size="20KB")
+    assert len(list((tmp_path / "several" / Denoiser.door(pipe).part).glob("diffusion_pytorch_model.fp16-*-of-*.safetensors"))) > 1
+    assert Denoiser.load(str(tmp_path / "one")).fingerprint() == Denoiser.load(str(tmp_path / "several")).fingerprint() == whole
+
+
+def test_a_scheduler_without_timesteps_of_its_own_is_named():
+    from diffusers import EDMDPMSolverMultistepScheduler
+    pipe = tiny_xl_pipeline()
+    pipe.scheduler = EDMDPMSolverMultistepScheduler()
+    with pytest.raises(BadModel, match="model 'edm' has a EDMDPMSolverMultistepScheduler, which says no share of signal"): Denoiser.of(pipe, "edm")
+
+
 def test_another_kind_of_pipeline_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     with pytest.raises(BadModel, match="is a KandinskyPipeline; StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline and FluxPipeline are known"): Denoiser.load(str(tmp_path))

@@ -3,12 +3,30 @@ import pytest
 import torch
 from conftest import ROOT, tiny_pipeline
 
-from unlearn_wb.diffusion import Denoiser, eps_from_v, sample
+from unlearn_wb.diffusion import Denoiser, eps_from_v, sample, x0_hat
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_schedule_that_ends_in_pure_noise_breaks_nothing():
+    "Its own scheduler says that no signal is left at the last timestep, and x_0 cannot be asked of noise alone."
+    from diffusers import DDIMScheduler
+    pipe = zero_snr(tiny_pipeline("v_prediction"))
+    painted = sample(Denoiser(pipe, "tiny"), ["a cat"], [1], steps=5)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.alphas_cumprod[-1] == 0
+    model, x, t = Denoiser(pipe, "tiny"), torch.randn(2, 4, 8, 8), torch.tensor(999)
+    torch.testing.assert_close(sample(model, ["a cat"], [1], steps=5), painted)
+    assert x0_hat(x, model.eps(x, t, model.embed(["a cat", "a dog"])), model.abar[t[None]]).isfinite().all()
+
+
+def zero_snr(pipe):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "v_prediction, zero SNR"])
 def test_sampler_paints_what_diffusers_paints(kind):
-    pipe = tiny_pipeline(kind)
+    pipe = tiny_pipeline(kind.split(",")[0])
+    if "zero" in kind: zero_snr(pipe)
     model = Denoiser(pipe, "tiny")
     prompts, seeds = ["a cat", "a dog by monet"], [5, 6]
     ours = sample(model, prompts, seeds, steps=6, guidance=3.)

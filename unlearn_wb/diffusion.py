@@ -159,6 +159,12 @@ def why_not_loaded(name: str, error: Exception) -> str:
     if of(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError): return f"base model '{name}' is not on this machine and the hub cannot be reached; where there is a network, run `hf download {name} --local-dir {str(name).split('/')[-1]}`, bring that folder here and give it as base_model"
     return f"base model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}; a directory needs model_index.json and the safetensors of every part"
 
+def _variant(folder: Path, kind: str) -> str | None:
+    "What a directory's weights are called where the denoising network has no plain ones, such as fp16 of diffusion_pytorch_model.fp16.safetensors."
+    part, stem = next(iter(PIPELINES[kind].items()))
+    rest = [f.name.removeprefix(stem) for f in sorted((folder / part).glob(f"{stem}*.safetensors"))]  # .safetensors or -00001-of-00002.safetensors, with or without .fp16 before
+    return None if not rest or any(r == ".safetensors" or r.startswith("-") for r in rest) else rest[0].split(".")[1].split("-")[0]
+
 def need_cross_attention(model, who: str):
     "Raises `BadModel` where words do not enter by cross-attention."
     if not model.cross_attention: raise BadModel(f"{who} works on cross-attention, and '{model.name}' attends to words and places together; do without it there: doco, esd, conabl and others need none")
@@ -187,7 +193,8 @@ class Denoiser:
     def _schedule(self):
         "abar (T,), and what the network predicts."
         pipe, name = self.pipe, self.name
-        self.abar = pipe.scheduler.alphas_cumprod.to(self.device)  # (T,)
+        if not hasattr(pipe.scheduler, "alphas_cumprod"): raise BadModel(f"model '{name}' has a {type(pipe.scheduler).__name__}, which says no share of signal for each timestep; a model with a DDIM, DDPM, Euler, PNDM or DPM-Solver++ scheduler is needed")
+        self.abar = pipe.scheduler.alphas_cumprod.clamp(min=2 ** -24).to(self.device)  # (T,); of a schedule that ends in pure noise (zero SNR) diffusers' solvers too leave this much
         self.predicts = pipe.scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction"):
             raise BadModel(f"model '{name}' predicts '{self.predicts}'; epsilon and v_prediction are known")
@@ -216,7 +223,7 @@ class Denoiser:
                 if kind not in PIPELINES: raise ValueError(f"it is a {kind}; {_known()} are known")
                 plain = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if kind == "StableDiffusionPipeline" else {}
                 if kind == "StableDiffusion3Pipeline" and Path(where).is_dir() and not (Path(where) / "text_encoder_3").is_dir(): plain = dict(text_encoder_3=None, tokenizer_3=None)  # its T5 may be left out
-                pipe = getattr(diffusers, kind).from_pretrained(where, use_safetensors=True, dtype=dtype, **plain)
+                pipe = getattr(diffusers, kind).from_pretrained(where, use_safetensors=True, dtype=dtype, variant=_variant(Path(where), kind), **plain)
                 if unet:
                     part = cls.door(pipe).part
                     setattr(pipe, part, type(getattr(pipe, part)).from_pretrained(unet, use_safetensors=True, dtype=dtype))
