@@ -260,11 +260,11 @@ class Denoiser:
     def _shift(self): return getattr(self.vae.config, "shift_factor", None) or 0.
     @property
     def max_tokens(self):
-        "Tokens of a prompt that the text encoder reads, the marks of its begin and end included."
+        "Tokens of a prompt that the text encoder reads, the marks of its beginning and its end included."
         return self.tokenizer.model_max_length
     @property
     def begin(self):
-        "The row of the text states that is the first word's: 1 after CLIP's mark of the begin, 0 of T5, which has a mark of the end alone."
+        "The row of the text states that is the first word's: 1 of CLIP, which marks the beginning of a text, 0 of T5, which marks the end alone."
         return len(self.tokenizer("").input_ids) - 1
 
     @contextmanager
@@ -350,7 +350,7 @@ class Denoiser:
                c_null: torch.Tensor,  # of the empty prompt (1,L,D)
                w: float  # guidance scale; 1 asks once, without the empty prompt
               ) -> torch.Tensor:  # (B,C,H,W) float32
-        "Predicted noise under classifier-free guidance (Ho and Salimans 2022, Eq. 6)."
+        "Predicted noise under classifier-free guidance (Ho and Salimans 2022, Eq. 6, whose w is smaller by one)."
         if w == 1: return self.eps(x_t, t, c)
         plain, told = self.eps(torch.cat([x_t, x_t]), t, torch.cat([c_null.expand_as(c), c])).chunk(2)
         return plain + w * (told - plain)
