@@ -174,9 +174,9 @@ def test_a_word_is_learnt_as_if_it_stood_in_the_encoders_table(family):
     loss.backward()
     assert abs(loss.item() - learnt[0][1]) < 1e-5 * loss.item()
     for table, place, was, first, word in zip(tables, places, saved, start, learnt[0][2]):
-        clear = table.grad[place].abs() > max(1e-6, 1e-6 * table.grad[place].abs().max())  # far from Adam's epsilon
-        assert clear.float().mean() > .5
-        torch.testing.assert_close((word - first)[clear], (-.5 * was.std() * table.grad[place].sign())[clear], rtol=1e-2, atol=1e-5)
+        g = table.grad[place]
+        clear = g.abs() > 1e-6 * g.abs().max()
+        torch.testing.assert_close((word - first)[clear], (-.5 * was.std() * g / (g.abs() + 1e-8))[clear], rtol=1e-2, atol=1e-5)  # Adam's first step
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,7 +206,8 @@ def test_weights_are_trained_on_by_the_plain_loss_and_put_back(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family, goal", [("sd1", "noise"), *((f, "original") for f in FAMILIES)])
+@pytest.mark.parametrize("goal", ["original", "noise"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_words_found_are_those_of_the_lowest_loss(family, goal):
     "The attack's search against trying every word by hand, and a beam of one against the same, word by word."
     model, original, prompts = Denoiser.of(FAMILIES[family](), family), Denoiser.of(FAMILIES[family](), family), ["a cat by van gogh", "van gogh, a dog", "a boat by van gogh"]

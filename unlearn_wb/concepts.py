@@ -231,7 +231,7 @@ def probes(e: Erasure,
 def check_prompts(model: Denoiser, prompts: list[str], concept: str = "") -> int:
     "How many prompts are cut at the tokenizer's limit. Raises `BadConcept` when the concept itself is cut off."
     def find(ids, part): return any(ids[i:i + len(part)] == part for i in range(len(ids) - len(part) + 1))
-    cut, room = 0, model.max_tokens - model.begin - 1
+    cut, room = 0, model.room
     part = model.tokenizer(concept, add_special_tokens=False).input_ids if concept else []
     for p in dict.fromkeys(prompts):
         ids = model.tokenizer(p, add_special_tokens=False).input_ids

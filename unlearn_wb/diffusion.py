@@ -263,9 +263,9 @@ class Denoiser:
         "Tokens of a prompt that the text encoder reads, the marks of its beginning and its end included."
         return self.tokenizer.model_max_length
     @property
-    def begin(self):
-        "The row of the text states that is the first word's: 1 of CLIP, which marks the beginning of a text, 0 of T5, which marks the end alone."
-        return len(self.tokenizer("").input_ids) - 1
+    def room(self):
+        "Tokens of a prompt's words that the text encoder reads: CLIP marks a text's beginning and its end, T5 the end alone."
+        return self.max_tokens - len(self.tokenizer("").input_ids)
 
     @contextmanager
     def parked(self):

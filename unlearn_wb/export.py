@@ -57,13 +57,13 @@ def extract_lora(start: dict[str, torch.Tensor],  # the original's weights, by p
     if not 0 < energy <= 1: raise ValueError(f"energy = {energy}; a share above 0 and up to 1 is needed, such as 0.99")
     strange = [k for k in result if k not in start]
     if strange: raise ValueError(f"the result holds {strange[0]}, which the original does not have; give the original that the run started from")
-    factors, out, held, total = {}, [], 0., 0.
+    factors, rest, held, total = {}, {}, 0., 0.
     for k, w in result.items():
         d = (w - start[k].to(w)).float()
         mine = float(d.square().sum())
         total += mine
         if mine == 0: continue
-        if d.dim() not in (2, 4) or not k.endswith(".weight"): out.append(k); continue
+        if d.dim() not in (2, 4) or not k.endswith(".weight"): rest[k] = d; continue
         u, s, v = torch.linalg.svd(d.flatten(1).double(), full_matrices=False)
         grown = s.square().cumsum(0) / s.square().sum()
         r = int((grown < energy - 1e-12).sum()) + 1
@@ -73,10 +73,10 @@ def extract_lora(start: dict[str, torch.Tensor],  # the original's weights, by p
         held += mine * float(grown[r - 1])
     if not factors: raise ValueError("result and original are equal in every matrix; there is nothing for a LoRA to hold")
     named, biases = {f"{k}.bias": k for k in factors}, {}
-    if any(k in named for k in out) and all(k in start for k in named):
-        biases = {k: (result.get(b, start[b]) - start[b].to(result.get(b, start[b]))).float() for b, k in named.items()}
-        held, out = held + sum(float(d.square().sum()) for d in biases.values()), [k for k in out if k not in named]
-    return Lora(factors, held / total, tuple(out), biases)
+    if any(b in named for b in rest) and all(b in start for b in named):
+        biases = {k: rest.pop(b, torch.zeros_like(start[b], dtype=torch.float32)) for b, k in named.items()}
+        held += sum(float(d.square().sum()) for d in biases.values())
+    return Lora(factors, held / total, tuple(rest), biases)
 
 # %% ../nbs/lib/19_export.ipynb #c010
 def licence_of(folder: Path | None) -> str:

@@ -41,7 +41,7 @@ def ring(model: Denoiser, erasure: Erasure,
     spelled = [model.tokenizer.decode([k]).strip() for k in range(len(model.tokenizer))]
     named = {k for k, text in enumerate(spelled) if k in own or any(w in text.lower() for w in words)}  # "vangogh" names him too
     tokens = torch.tensor([k for k in readable(model).tolist() if k not in named])
-    said, room = lambda ids: " ".join(spelled[k] for k in ids), model.max_tokens - model.begin - 1
+    said, room = lambda ids: " ".join(spelled[k] for k in ids), model.room
     found, read = [], read_as(model, tokens)
     for prompt in prompts:
         g = seeded(seed, "ring", prompt)
