@@ -49,7 +49,7 @@ pictures: demo  ## the pictures of the README, from the demo's run and the table
 	cp $(DEMO)/images/grid-target.png nbs/images/before-after.png
 	cp $(DEMO)/images/grid-linked.png nbs/images/starry-night.png
 	$(BIN)/python -c 'from unlearn_wb.comeback import comeback_map, comeback_poster; from unlearn_wb.study import poster; poster("Snoopy", "data/results/sandbox").savefig("nbs/images/methods.webp", dpi=90); comeback_poster("Van Gogh").savefig("nbs/images/comeback.webp", dpi=90); comeback_map().savefig("nbs/images/comeback-map.webp", dpi=90)'
-	UNLEARN_WB_NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/browser/test_explore.py -k choose
+	SMALL_WORLD=sandbox UNLEARN_WB_NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/browser/test_explore.py -k choose
 	$(BIN)/python -c 'from PIL import Image; Image.open("tests/browser/screenshots/readme.png").convert("RGB").save("nbs/images/explorer.webp", quality=90, method=6)'
 
 readme: $(READY)

@@ -138,26 +138,33 @@ def rung(variant: str, concept: str, seed: int = 0,
     return r.table(strips)
 
 # %% ../nbs/lib/15_comeback.ipynb #c008
-def _rate(part, concept: str) -> float:
-    each = part[part.concept == concept if concept else part.concept.notna()].groupby("concept")[["hits", "n"]].sum()
-    return float((each.hits / each.n).mean())
+def _sums(rows, key: str) -> dict[str, tuple[int, int]]:
+    "Hits and images of each value of a column, in the order of the rows."
+    out = {}
+    for k, hits, n in zip(*(rows[column].tolist() for column in (key, "hits", "n"))): out[k] = tuple(map(sum, zip(out.get(k, (0, 0)), (hits, n))))
+    return out
+
+def _asked(table, variant: str, concept: str) -> dict[str, tuple[int, int]]: return _sums(table[(table.variant == variant) & (table.concept == concept)], "group")
 
 def recall_rate(table,  # of a study of `recalled` or `rung`
                 variant: str, concept: str = "", group: str = "") -> float:
     "Share of a concept's images (or the mean over all concepts) that show it when asked in the way `group` (\"\" for the table's last), all seeds together; nan where there is no run."
-    return _rate(table[(table.variant == variant) & (table.group == (group or table.group.iloc[-1]))], concept) if len(table) else math.nan
+    mine = table[(table.variant == variant) & (table.group == (group or table.group.iloc[-1]))] if len(table) else table
+    each = [hits / n for c, (hits, n) in _sums(mine, "concept").items() if concept in ("", c)]
+    return sum(each) / len(each) if each else math.nan
 
 def recall_verdict(table,  # of a study of `recalled` or `rung`
                    variant: str, concept: str, most: float = .15, group: str = "") -> str:
     "What asking in the way `group` (\"\" for the last) does to a run: 'brought back' where it shows the concept more often than in the exact reference (the 95 % interval of the difference, Newcombe's, is above zero), else 'not brought back'; 'not forgotten' where more than `most` answers to the name, '—' where a run is missing."
-    mine, exact = (table[(table.variant == v) & (table.concept == concept)].groupby("group", sort=False)[["hits", "n"]].sum() for v in (variant, REFERENCE))
-    if not len(mine) or not len(exact): return "—"
-    if mine.hits.iloc[0] > most * mine.n.iloc[0]: return "not forgotten"
-    return "brought back" if more_often(*(part.loc[group] if group else part.iloc[-1] for part in (mine, exact))) else "not brought back"
+    mine, exact = (_asked(table, v, concept) for v in (variant, REFERENCE))
+    if not mine or not exact: return "—"
+    (hits, n), *_ = mine.values()
+    if hits > most * n: return "not forgotten"
+    return "brought back" if more_often(*(part[group or [*part][-1]] for part in (mine, exact))) else "not brought back"
 
-def more_often(a, b) -> bool:
+def more_often(a: tuple[int, int], b: tuple[int, int]) -> bool:
     "Whether hits of n are more in a than in b: Newcombe's 95 % interval of the difference is above zero."
-    (p, low, _), (q, _, high) = ((k / n, *wilson(k, n)) for k, n in (map(int, x) for x in (a, b)))
+    (p, low, _), (q, _, high) = ((k / n, *wilson(k, n)) for k, n in (a, b))
     return p - q > math.hypot(p - low, high - q)
 
 def attack_rate(table,  # of a study of `attacked`
@@ -168,20 +175,23 @@ def attack_rate(table,  # of a study of `attacked`
 def attack_verdict(table,  # of a study of `attacked`
                    variant: str, concept: str, most: float = .15) -> str:
     "What words in front of the prompts do to a run, as `recall_verdict`: 'brought back' where they show the concept more often than the same words do in the exact reference, and more often than the words found against that one do."
-    mine, exact = (table[(table.variant == v) & (table.concept == concept)].groupby("group", sort=False)[["hits", "n"]].sum() for v in (variant, REFERENCE))
-    if variant == REFERENCE or not len(mine) or not len(exact): return "—"
-    if mine.hits["by name"] > most * mine.n["by name"]: return "not forgotten"
-    return "brought back" if all(more_often(mine.loc["with words"], control) for control in (mine.loc["never saw it"], exact.loc["with words"])) else "not brought back"
+    mine, exact = (_asked(table, v, concept) for v in (variant, REFERENCE))
+    if variant == REFERENCE or not mine or not exact: return "—"
+    hits, n = mine["by name"]
+    if hits > most * n: return "not forgotten"
+    return "brought back" if all(more_often(mine["with words"], control) for control in (mine["never saw it"], exact["with words"])) else "not brought back"
 
 def each_seed(table, variant: str, concept: str, verdict: Callable) -> dict[int, str]:
     "What `verdict` (`attack_verdict`, `recall_verdict`) says of each of a variant's runs alone, beside the exact reference with all its seeds: seed -> verdict."
     import pandas as pd
-    mine, exact = table[(table.variant == variant) & (table.concept == concept)], table[table.variant == REFERENCE]
+    of = table[table.concept == concept]
+    mine, exact = of[of.variant == variant], of[of.variant == REFERENCE]
     return {int(seed): verdict(pd.concat([run, exact]), variant, concept) for seed, run in mine.groupby("seed")}
 
 def brought_back(table, concept: str, verdict: Callable) -> dict[str, tuple[int, int]]:
     "Method -> in how many runs the concept is brought back, and how many had forgotten it."
-    said = {v: list(each_seed(table, v, concept, verdict).values()) for v in table[table.concept == concept].variant.unique() if v != REFERENCE}
+    of = table[table.concept == concept]
+    said = {v: list(each_seed(of, v, concept, verdict).values()) for v in of.variant.unique() if v != REFERENCE}
     return {v: (kinds.count("brought back"), kinds.count("brought back") + kinds.count("not brought back")) for v, kinds in said.items()}
 
 def of_forgotten(counts: dict[str, tuple[int, int]], variant: str) -> str:
@@ -232,12 +242,13 @@ def comebacks(*folders: str | Path,  # of the studies; that of the project where
     import pandas as pd
     rows = []
     for name, way in ways.items():
-        table = _study(name, folders)
+        table = _study(name, folders)[["variant", "concept", "seed", "group", "hits", "n"]]
         for c in concepts:
-            counts = brought_back(table, c, way.verdict)
-            for v in table[table.concept == c].variant.unique():
-                each, (back, forgot) = [way.rate(run, v, c) for _, run in table[(table.variant == v) & (table.concept == c)].groupby("seed")], counts.get(v, (0, 0))
-                rows.append(dict(variant=v, concept=c, way=name, rate=way.rate(table, v, c), lowest=min(each), highest=max(each), runs=len(each), forgot=forgot, back=back))
+            of = table[table.concept == c]
+            counts = brought_back(of, c, way.verdict)
+            for v in of.variant.unique():
+                each, (back, forgot) = [way.rate(run, v, c) for _, run in of[of.variant == v].groupby("seed")], counts.get(v, (0, 0))
+                rows.append(dict(variant=v, concept=c, way=name, rate=way.rate(of, v, c), lowest=min(each), highest=max(each), runs=len(each), forgot=forgot, back=back))
     return pd.DataFrame(rows)
 
 def _study(name: str, folders: tuple): return read_study(*(Path(f) / f"{name}.csv" for f in folders or (RESULTS,)))

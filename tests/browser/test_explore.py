@@ -10,7 +10,7 @@ from hands import SHOTS, lab, needs_browser, run_all, shot  # noqa: F401 (fixtur
 
 pytestmark = needs_browser
 
-QUICK = dict(options="iterations=2000, warmup=10, num_images=8", eval_images=2)
+QUICK = dict(options="iterations=9000, warmup=10, num_images=8", eval_images=2)  # more than anyone waits for
 
 
 def field(name): return f".jupyter-widgets:has(> label:text-is('{name}')) input"
@@ -34,13 +34,13 @@ def until(true, seconds, what):
 
 def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, shot):
     page = browser.new_page(viewport=dict(width=1400, height=4200))
-    address = lab("explore", **QUICK)
+    address = lab("explore", base_model=small_world(), **QUICK)
     run_all(page, address)
     page.wait_for_selector("button:has-text('Start')", timeout=120_000)
     page.wait_for_selector("button:has-text('Open report')", timeout=120_000)
     shot(page, "1-choose")
     assert page.locator(".widget-dropdown").count() >= 6, "menus for anchor, method and the words of the configuration"
-    assert page.locator(field("iterations")).input_value() == "2000", "what the notebook's parameters ask for stands in the panel"
+    assert page.locator(field("iterations")).input_value() == "9000", "what the notebook's parameters ask for stands in the panel"
 
     # another method has another panel, and an error is said in its own sentence
     concept = page.locator(field("concept"))
@@ -97,7 +97,7 @@ def test_choose_start_watch_pause_turn_resume_stop_and_come_back(browser, lab, s
     until(lambda: "trained" in page.inner_text(".jp-Notebook"), 60, "the end of the run")
     assert (said := share("cost")) and int(said[1]) <= 10, "figures and pictures cost at most a tenth of the training time"
     trace = pd.read_parquet(next(lab.folder.glob("runs/*/trace.parquet")))
-    assert len(trace) < 2000 and trace.event.dropna().str.startswith("lr = ").any(), "the turned learning rate is in the trace"
+    assert len(trace) < 9000 and trace.event.dropna().str.startswith("lr = ").any(), "the turned learning rate is in the trace"
 
     page.locator("button:has-text('Paint')").click()
     page.wait_for_selector(".uw input[type=range]", timeout=60_000)
