@@ -141,7 +141,9 @@ def rung(variant: str, concept: str, seed: int = 0,
 def _sums(rows, key: str) -> dict[str, tuple[int, int]]:
     "Hits and images of each value of a column, in the order of the rows."
     out = {}
-    for k, hits, n in zip(*(rows[column].tolist() for column in (key, "hits", "n"))): out[k] = tuple(map(sum, zip(out.get(k, (0, 0)), (hits, n))))
+    for k, hits, n in zip(*(rows[column].tolist() for column in (key, "hits", "n"))):
+        before = out.get(k, (0, 0))
+        out[k] = before[0] + hits, before[1] + n
     return out
 
 def _asked(table, variant: str, concept: str) -> dict[str, tuple[int, int]]: return _sums(table[(table.variant == variant) & (table.concept == concept)], "group")
